@@ -1,0 +1,1 @@
+"""The text model: `flax.nnx` modules used as plain pytrees. Start reading at `transformer.py`."""

@@ -1,0 +1,78 @@
+"""Grouped-query attention over the cache and the tokens of this call; sliding or full by configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dgemma_jax.nn import rope
+from dgemma_jax.nn.cache import LayerCache
+from dgemma_jax.nn.layers import RMSNorm, normal
+from dgemma_jax.nn.sites import Site
+
+if TYPE_CHECKING:
+    from dgemma_jax.config import ModelConfig
+
+
+class Attention(nnx.Module):
+    """Queries, keys and values are normed per head; the score scale is one.
+
+    Full layers have no value projection: values are the raw keys, normed without weight.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        width, heads = config.embed_dim, config.num_heads
+        kv_heads, size, sliding = config.kv_heads(layer), config.head_size(layer), config.is_sliding(layer)
+        self.q = normal(rngs, (heads, size, width), width, dtype)
+        self.k = normal(rngs, (kv_heads, size, width), width, dtype)
+        self.v = normal(rngs, (kv_heads, size, width), width, dtype) if sliding else None
+        self.o = normal(rngs, (width, heads, size), heads * size, dtype)
+        self.q_norm = RMSNorm(size, eps=config.rms_norm_eps, dtype=dtype, site="q_norm_scale")
+        self.k_norm = RMSNorm(size, eps=config.rms_norm_eps, dtype=dtype, site="k_norm_scale")
+        self.v_norm = RMSNorm(None, eps=config.rms_norm_eps, dtype=dtype, site="v_norm_scale")
+        self.rope = (
+            (config.rope_theta, config.rope_fraction, False)
+            if sliding
+            else (config.global_rope_theta, config.global_rope_fraction, config.global_rope_proportional)
+        )
+        self.site_q, self.site_k, self.site_v = Site("attn_q"), Site("attn_k"), Site("attn_v")
+        self.site_scores, self.site_pattern = Site("attn_scores"), Site("attn_pattern")
+        self.site_z, self.site_out = Site("attn_z"), Site("attn_out")
+
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, mask_BTS: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attend to the cached keys, then to this call's own, in that order of slots.
+
+        Returns:
+            Output [B, T, D], and the keys and values [B, T, K, H] of this call.
+        """
+        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
+        k_BKSH = jnp.concatenate([cache.k, k_BTKH.swapaxes(1, 2).astype(cache.k.dtype)], 2)
+        v_BKSH = jnp.concatenate([cache.v, v_BTKH.swapaxes(1, 2).astype(cache.v.dtype)], 2)
+        batch, length, heads, size = q_BTNH.shape
+        kv_heads, slots = k_BKSH.shape[1:3]
+        # The G queries that share a key head and the T tokens form one axis: one plain matrix product a key head.
+        rows = (batch, kv_heads, heads // kv_heads * length)
+        q_BKRH = q_BTNH.swapaxes(1, 2).reshape(*rows, size)
+        scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+        scores_BNTS = scores.reshape(batch, heads, length, slots)
+        scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
+        pattern_BNTS = self.site_pattern(jax.nn.softmax(self.site_scores(scores_BNTS), -1))
+        pattern = pattern_BNTS.astype(v_BKSH.dtype).reshape(*rows, slots)
+        z_BNTH = jnp.einsum("bkrs,bksh->bkrh", pattern, v_BKSH).reshape(batch, heads, length, size)
+        z_BTNH = z_BNTH.swapaxes(1, 2)
+        out_BTD = jnp.einsum("btnh,dnh->btd", self.site_z(z_BTNH), self.o[...])
+        return self.site_out(out_BTD), k_BTKH, v_BTKH
+
+    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        frequencies = rope.inverse_frequencies(self.q.shape[1], *self.rope)
+        q_BTNH = jnp.einsum("btd,nhd->btnh", x_BTD, self.q[...])
+        raw_BTKH = jnp.einsum("btd,khd->btkh", x_BTD, self.k[...])
+        v_BTKH = raw_BTKH if self.v is None else jnp.einsum("btd,khd->btkh", x_BTD, self.v[...])
+        q_BTNH = rope.rotate(self.q_norm(q_BTNH), positions_BT, frequencies)
+        k_BTKH = rope.rotate(self.k_norm(raw_BTKH), positions_BT, frequencies)
+        return self.site_q(q_BTNH), self.site_k(k_BTKH), self.site_v(self.v_norm(v_BTKH))
