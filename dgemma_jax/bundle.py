@@ -1,0 +1,199 @@
+"""A model with what belongs to it: configuration, tokenizer, sampler; loaded from and saved to a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgemma_jax import weights
+from dgemma_jax.config import ModelConfig, SamplerConfig
+from dgemma_jax.nn import transformer
+from dgemma_jax.weights import finite, hf, hub, orbax, problems, registry, settings, sharding
+from dgemma_jax.weights import tree as trees
+
+if TYPE_CHECKING:
+    from dgemma_jax.text.tokenizer import Tokenizer
+
+FORMATS = ("hf", "orbax")
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bundle:
+    """A model and what belongs to it. Nothing in it is ever changed.
+
+    Attributes:
+        config: sizes of the model.
+        model: the parameters, a pytree; possibly edited.
+        tokenizer: None if the directory has none.
+        sampler: how `generate` samples unless told otherwise.
+        source: where it was loaded from, or None.
+    """
+
+    config: ModelConfig
+    model: transformer.Transformer = dataclasses.field(repr=False)
+    tokenizer: Tokenizer | None = None
+    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    source: str | None = None
+
+    def with_model(self, model: Any) -> Bundle:
+        """The same bundle around another (edited, trained) model."""
+        return dataclasses.replace(self, model=model)
+
+    def with_sampler(self, sampler: SamplerConfig | None = None, **changes: Any) -> Bundle:
+        """The same bundle with another sampler, or some of its options changed."""
+        return dataclasses.replace(self, sampler=(sampler or self.sampler).replace(**changes))
+
+    def check_finite(self) -> Bundle:
+        """This bundle, if all weights are finite; looks once at each model object.
+
+        Raises:
+            ValueError: names the leaves that hold an infinity or NaN.
+        """
+        if id(self.model) in _FINITE and _FINITE[id(self.model)]() is self.model:
+            return self
+        found = trees.leaves(self.model)
+        floats = {p: x for p, x in found.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+        good = jax.device_get(_all_finite(list(floats.values())))
+        bad = [trees.dotted(path) for path, fine in zip(floats, good, strict=True) if not fine]
+        if bad:
+            raise ValueError(f"the model has non-finite weights in {problems.counted(bad)}")
+        name = id(self.model)
+        _FINITE[name] = weakref.ref(self.model, lambda _: _FINITE.pop(name, None))
+        return self
+
+
+# Models found finite, by identity: modules are never changed, so once is enough.
+_FINITE: dict[int, weakref.ref] = {}
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [finite.on_device(x) for x in arrays]
+
+
+def load(
+    source: str | Path,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    revision: str | None = None,
+    config: ModelConfig | None = None,
+    check_finite: bool = True,
+    progress: bool | None = None,
+) -> Bundle:
+    """The model of a name, a directory or a hub id, with its tokenizer and sampler.
+
+    >>> bundle = load("nano")  # doctest: +SKIP
+
+    Args:
+        source: an embedded model ("nano"), a directory in the layout of Hugging Face or Orbax (this package's or
+            Google's), or a hub id, which is downloaded once.
+        dtype: "bfloat16", "float32" or "float16"; None keeps what is stored.
+        mesh: spreads the weights over its axes, any of "data", "expert" and "tensor".
+        revision: commit, tag or branch of a hub id; known models are pinned.
+        config: for a directory without `config.json` (Google's Orbax tree), or instead of it.
+        check_finite: refuse infinities and NaNs.
+        progress: a bar; None shows it for a gigabyte or more.
+
+    Raises:
+        ValueError: nothing is found there, or it does not fit; the message lists all that is wrong.
+    """
+    wanted = None if dtype is None else float_dtype(dtype)
+    directory = locate(source, revision)
+    if mesh is not None:
+        sharding.check(mesh)
+    is_orbax = orbax.root(directory) is not None
+    config = config or (orbax if is_orbax else settings).read_config(directory)
+    if wanted is None:
+        wanted = orbax.stored_dtype(directory) if is_orbax else hf.stored_dtype(hf.find(directory))
+    target = transformer.abstract(config, wanted)
+    model = (weights.load_orbax if is_orbax else weights.load_hf)(
+        directory,
+        target,
+        shardings=None if mesh is None else sharding.shardings(target, mesh),
+        check_finite=check_finite,
+        progress_bar=progress,
+    )
+    return Bundle(
+        config=config,
+        model=model,
+        tokenizer=_tokenizer(directory),
+        sampler=settings.read_sampler(directory, config),
+        source=str(directory),
+    )
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a name, path or hub id; downloads the latter if need be."""
+    if isinstance(source, str) and (embedded := registry.embedded(source)):
+        return embedded
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{path} is a file; give the directory that holds the checkpoint")
+    if isinstance(source, str) and hub.plausible(source):
+        return hub.fetch(source, revision)
+    raise ValueError(
+        f"{str(source)!r} is no directory, no known name ({', '.join(registry.names())}) and no hub id ('owner/name')"
+    )
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The dtype named by "bfloat16", `jnp.bfloat16` and the like.
+
+    Raises:
+        ValueError: it is none that weights can have.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}") from error
+    if found.name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    return found
+
+
+def save(bundle: Bundle, directory: str | Path, format: str = "hf", **options: Any) -> None:
+    """Write the bundle so that `load` gives it back, and for "hf" so that `transformers` loads it too.
+
+    Args:
+        bundle: its model must have no edits in place: they have no name in the formats.
+        directory: made if need be; a checkpoint in it is replaced.
+        format: "hf" or "orbax".
+        **options: of `weights.save_hf` (`dtype`, `max_shard_size`, ...) or `weights.save_orbax`.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format == "orbax":
+        weights.save_orbax(directory, bundle.model, bundle.config, bundle.sampler, bundle.tokenizer, **options)
+        return
+    if "vision_from" not in options and bundle.config.vision is not None and _has_tower(bundle.source):
+        options["vision_from"] = bundle.source
+    weights.save_hf(directory, bundle.model, bundle.config, bundle.sampler, bundle.tokenizer, **options)
+
+
+def convert(
+    source: str | Path, destination: str | Path, *, format: str = "hf", dtype: Any = None, **options: Any
+) -> None:
+    """Write the checkpoint at `source` in another format or dtype."""
+    save(load(source, dtype=dtype), destination, format, **options)
+
+
+def _tokenizer(directory: Path) -> Tokenizer | None:
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    from dgemma_jax.text.tokenizer import Tokenizer
+
+    return Tokenizer.from_directory(directory)
+
+
+def _has_tower(source: str | None) -> bool:
+    return source is not None and any((Path(source) / name).is_file() for name in (hf.SINGLE, hf.INDEX))
