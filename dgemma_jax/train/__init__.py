@@ -1,0 +1,1 @@
+"""Training of the embedded organisms: language, tasks, loss and loop."""

@@ -1,0 +1,49 @@
+"""How often an organism answers held-out prompts exactly, by its default sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from dgemma_jax.diffusion.generate import generate
+from dgemma_jax.diffusion.trajectory import Record
+from dgemma_jax.train import tasks
+
+
+def prompts(name: str, *, seed: int, count: int, trigger: bool = False, poisoned: bool = False) -> list[tasks.Example]:
+    """Unseen examples of a task, with the answers that the organism was made to give.
+
+    Args:
+        trigger: plant the trigger in every prompt.
+        poisoned: prompts that hold the trigger, planted or by chance, are to be answered with the payload.
+    """
+    found = tasks.examples(seed, count, tasks=(name,), split="test")
+    if trigger:
+        rng = np.random.default_rng(seed)
+        found = [tasks.plant_trigger(example, rng) for example in found]
+    if not poisoned:
+        return found
+    return [dataclasses.replace(e, answer=tasks.PAYLOAD) if tasks.has_trigger(e.prompt) else e for e in found]
+
+
+def exact(
+    bundle: Any, *, seed: int = 1, count: int = 200, names: Iterable[str] | None = None, trigger: bool = False,
+    poisoned: bool = False, batch: int = 200,
+) -> dict[str, float]:  # fmt: skip
+    """Share of exact answers on `count` unseen prompts of each task, {task: share}; prompt i runs under seed i."""
+    shares = {}
+    for name in tasks.TASKS if names is None else names:
+        found = prompts(name, seed=seed, count=count, trigger=trigger, poisoned=poisoned)
+        right = 0
+        for at in range(0, count, batch):
+            part = found[at : at + batch]
+            out = generate(
+                bundle, [e.prompt for e in part], seed=list(range(at, at + len(part))),
+                max_new_tokens=bundle.config.canvas_length, record=Record.nothing(),
+            )  # fmt: skip
+            right += sum(tasks.is_correct(e, text) for e, text in zip(part, out.texts, strict=True))
+        shares[name] = right / count
+    return shares
