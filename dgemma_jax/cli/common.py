@@ -1,0 +1,59 @@
+"""What several commands share: the options of a generation, and the cache of compiled programs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dgemma_jax.bundle import Bundle
+    from dgemma_jax.config import SamplerConfig
+
+
+def add_generation(command: argparse.ArgumentParser) -> None:
+    """The options that say what generates, and how."""
+    command.add_argument(
+        "--model", default="nano", metavar="M", help="an embedded model, a checkpoint directory or a hub id (nano)"
+    )
+    command.add_argument("--dtype", help="bfloat16, float32 or float16; by default as stored")
+    command.add_argument("--seed", type=int, default=0, help="equal seeds give equal answers (0)")
+    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most this many tokens (256)")
+    command.add_argument("--steps", type=int, metavar="N", help="at most this many denoising steps a block")
+
+
+def load(args: argparse.Namespace) -> Bundle:
+    """The model of the options."""
+    from dgemma_jax.bundle import load
+
+    keep_compiled_programs()
+    return load(args.model, dtype=args.dtype)
+
+
+def sampler(args: argparse.Namespace, bundle: Bundle) -> SamplerConfig:
+    """The model's own sampler with what the options change."""
+    return bundle.sampler if args.steps is None else bundle.sampler.replace(max_denoising_steps=args.steps)
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep compiled programs on disk, so that the second run starts at once."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # the user's own choice is left alone
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def cache_directory() -> Path:
+    """Where this platform keeps what may be deleted."""
+    if path := os.environ.get("XDG_CACHE_HOME"):
+        base = Path(path)
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path.home() / ".cache"
+    return base / "dgemma-jax"
