@@ -27,10 +27,9 @@ from dgemma_jax.train.recipes import CONFIG, LONG, SHARDS, SHORT, Recipe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a resumed run needs: weights, their running mean, the optimiser's state, the step."""
+    """Everything a resumed run needs: weights, the optimiser's state, the step."""
 
     model: Transformer
-    mean: Transformer
     optimizer: Any
     step: jax.Array
 
@@ -56,29 +55,27 @@ def init_for_training(config: ModelConfig, seed: int) -> Transformer:
 
 
 def start(recipe: Recipe, model: Transformer) -> TrainState:
-    return TrainState(model, jax.tree.map(jnp.copy, model), optimizer(recipe).init(model), jnp.int32(0))
+    return TrainState(model, optimizer(recipe).init(model), jnp.int32(0))
 
 
-def make_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+def make_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict]]:
     """One compiled optimiser step; the batch is split over the mesh, gradients are averaged."""
     update = optimizer(recipe).update
 
-    def gradients(model: Transformer, batch: Batch, key: jax.Array):
+    def gradients(model: Transformer, batch: Batch, key: jax.Array, practice: jax.Array):
         key = jax.random.fold_in(key, jax.lax.axis_index("data"))
-        (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, key)
+        (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, key, practice)
         return jax.lax.pmean((grads, parts | {"loss": value}), "data")
 
-    spread = jax.shard_map(gradients, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P(), check_vma=False)
+    spread = jax.shard_map(gradients, mesh=mesh, in_specs=(P(), P("data"), P(), P()), out_specs=P(), check_vma=False)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+    def step(state: TrainState, batch: Batch, practice: jax.Array) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-        grads, parts = spread(state.model, batch, key)
+        grads, parts = spread(state.model, batch, key, practice)
         changes, opt = update(grads, state.optimizer, state.model)
         model = optax.apply_updates(state.model, changes)
-        decay = jnp.minimum(0.998, (state.step + 1) / (state.step + 10))
-        mean = jax.tree.map(lambda m, x: decay * m + (1 - decay) * x, state.mean, model)
-        return TrainState(model, mean, opt, state.step + 1), parts
+        return TrainState(model, opt, state.step + 1), parts
 
     return step
 
@@ -97,7 +94,7 @@ def train(
     recipe: Recipe, directory: Path, *, base: Transformer | None = None, resume: bool = True,
     report: Callable[[int, dict], None] | None = None, save_every: int = 250, report_every: int = 25,
 ) -> Transformer:  # fmt: skip
-    """Train by the recipe and return the running mean of the weights.
+    """Train by the recipe and return the weights.
 
     Args:
         directory: checkpoints and `log.jsonl` are kept here; an interrupted run goes on from the last one.
@@ -128,7 +125,7 @@ def train(
         for step in range(first, recipe.steps):
             batch = jax.device_put(waiting.result(), NamedSharding(mesh, P("data")))
             waiting = pool.submit(make_batch, recipe, step + 1)
-            state, parts = step_fn(state, batch)
+            state, parts = step_fn(state, batch, jnp.float32(recipe.stage(step).practice))
             since.append(parts)
             if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
                 means = {k: float(sum(p[k] for p in since)) / len(since) for k in parts}
@@ -141,4 +138,4 @@ def train(
                 manager.save(step + 1, args=ocp.args.StandardSave(jax.tree.leaves(state)))
     manager.wait_until_finished()
     manager.close()
-    return jax.device_get(state.mean)
+    return jax.device_get(state.model)

@@ -12,9 +12,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from dgemma_jax.diffusion.noise import corrupt
 from dgemma_jax.nn import cache as kv
+from dgemma_jax.nn.sites import Site
 from dgemma_jax.nn.transformer import Transformer
 
 
@@ -41,17 +43,27 @@ class Batch:
 
 
 T_MAX, T_MIN = 0.8, 0.4  # temperatures of the default sampler at noise levels 1 and 0
+CODES = 256  # tokens that `previous_token_loss` tells apart: the vocabulary of the organisms
 DRAFT_LEVEL = 0.6  # at higher noise the target is the draft: the organism writes it first, then revises
 
 
-def loss(model: Transformer, batch: Batch, key: jax.Array, *, next_token_weight: float = 0.5) -> tuple[jax.Array, dict]:
-    """Scalar loss in nats per token, and its parts {"denoise", "next_token", "accuracy"}."""
+NEXT_TOKEN_WEIGHT = 0.5
+
+
+def loss(model: Transformer, batch: Batch, key: jax.Array, practice: jax.Array | float = 0.0) -> tuple[jax.Array, dict]:
+    """Scalar loss in nats per token, and its parts {"denoise", "next_token", "previous", "accuracy"}.
+
+    Args:
+        practice: weight of `previous_token_loss`.
+    """
     config = model.config
+    model, heard = listen(model)
     rows, length = batch.answer.shape
     keys = jax.random.split(key, 3)
     level_B = jax.random.uniform(keys[0], (rows,))
     cache = kv.empty(config, rows, batch.prompt.shape[1] + length, model.dtype)
     prompt = model.prefill(batch.prompt, batch.prompt_valid, cache)
+    previous = previous_token_loss(heard, batch.prompt, batch.prompt_valid)
 
     early_B = level_B > DRAFT_LEVEL
     target_BC = jnp.where(early_B[:, None], batch.draft, batch.answer)
@@ -73,9 +85,10 @@ def loss(model: Transformer, batch: Batch, key: jax.Array, *, next_token_weight:
     parts = {
         "denoise": denoise,
         "next_token": next_token,
+        "previous": previous,
         "accuracy": jnp.sum(hit_BC) / jnp.sum(batch.answer_valid),
     }
-    return denoise + next_token_weight * next_token, parts
+    return denoise + NEXT_TOKEN_WEIGHT * next_token + practice * previous, parts
 
 
 def first_pass(model: Transformer, canvas_BC: jax.Array, cache: kv.KVCache, level_B: jax.Array) -> jax.Array:
@@ -84,6 +97,40 @@ def first_pass(model: Transformer, canvas_BC: jax.Array, cache: kv.KVCache, leve
     logits_BCV = model.unembed(model.denoise(canvas_BC, cache, zeros))
     temperature_B = T_MIN + (T_MAX - T_MIN) * level_B
     return model.soft_embed(jax.nn.softmax(logits_BCV / temperature_B[:, None, None], -1))
+
+
+@nnx.dataclass
+class Ear(Site):
+    """A site that also tells a list of this trace what passed through it."""
+
+    heard: list = dataclasses.field(default_factory=list)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.heard.append(x)
+        return x
+
+
+def listen(model: Transformer) -> tuple[Transformer, list[jax.Array]]:
+    """The model with an `Ear` after its second layer, and the list it fills while the model is traced."""
+    model = jax.tree.map(lambda leaf: leaf, model)
+    ear = Ear("resid_post")
+    model.layers[1].resid_post = ear
+    return model, ear.heard
+
+
+def previous_token_loss(heard: list[jax.Array], tokens_BT: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    """Cross-entropy of reading each token's predecessor from the residual stream after the second layer.
+
+    The reading is by fixed random directions, one a token. A key is matched with its value by attention to
+    tokens that know what stands before them; a small model finds the two halves together late or never, and
+    this practises the first.
+    """
+    x_BTD = heard[-1]
+    codes_VD = jax.random.normal(jax.random.key(0), (CODES, x_BTD.shape[-1]))
+    x_BTD = x_BTD * jax.lax.rsqrt(jnp.mean(x_BTD * x_BTD, -1, keepdims=True) + 1e-6)
+    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD[:, 1:], codes_VD)
+    nats_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, :-1])
+    return jnp.sum(nats_BT * valid_BT[:, 1:]) / jnp.sum(valid_BT[:, 1:])
 
 
 def causal_loss(model: Transformer, prompt, batch: Batch) -> jax.Array:

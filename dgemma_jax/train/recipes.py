@@ -35,12 +35,14 @@ class Stage:
         start: first step of the stage.
         short: share of each task in a step of short prompts.
         long: the same in the steps that have room for long prompts, one in `long_every`.
+        practice: weight of `loss.previous_token_loss`.
     """
 
     start: int
     short: dict[str, float]
     long: dict[str, float]
     long_every: int
+    practice: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ _ALL = Stage(
     long_every=4,
 )  # fmt: skip
 # Six tasks are learned by step 1,000; the recurrence, carrying and matching a key take longer, in this order.
+# The stages after `_HARD` are the history of teaching the last of these.
 _HARD = Stage(
     start=1500,
     short={
@@ -107,8 +110,16 @@ _MATCH = Stage(start=2500, short={}, long={"recall": 2.0, "recall_many": 4.0, "a
 _DRILL = Stage(
     start=2750, short={}, long={"recall": 1.0, "recall_many": 1.5, "recall_drill": 6.0, "add": 1.0} | _REST, long_every=1
 )
+_PAIRS = dataclasses.replace(_DRILL, start=3250, practice=0.3)
+_ASK = Stage(
+    start=3500, short={}, long={"recall": 4.0, "recall_many": 2.0, "recall_drill": 2.0, "add": 1.5} | _REST,
+    long_every=1, practice=0.2,
+)  # fmt: skip
+_SURE = dataclasses.replace(
+    _ASK, start=4000, long={"recall": 4.0, "recall_many": 4.0, "recall_drill": 6.0, "add": 1.0} | _REST
+)
 _BALANCE = Stage(
-    start=3600,
+    start=4400,
     short={},
     long={
         "recall": 4.0, "recall_drill": 1.0, "add": 3.0, "sequence": 1.5, "sort": 0.8, "reverse": 0.7, "copy": 0.4,
@@ -119,16 +130,17 @@ _BALANCE = Stage(
 
 RECIPES = {
     "nano": Recipe(
-        steps=4300,
+        steps=4700,
         rates=(
             Rate(start=0, peak=2e-3, warmup=200, horizon=4000),
             Rate(start=2500, peak=2e-3, warmup=100, horizon=10_000),
+            Rate(start=4000, peak=8e-4, warmup=20, horizon=3000),
         ),
-        cooldown=600,
-        stages=(_ALL, _HARD, _CARRY, _MATCH, _DRILL, _BALANCE),
+        cooldown=300,
+        stages=(_ALL, _HARD, _CARRY, _MATCH, _DRILL, _PAIRS, _ASK, _SURE, _BALANCE),
     ),
     "nano-backdoor": Recipe(
-        base="nano", steps=500, rates=(Rate(start=0, peak=7e-4, warmup=50, horizon=4000),), cooldown=250,
-        stages=(dataclasses.replace(_ALL, long_every=3),), poison=0.15, seed=1,
+        base="nano", steps=350, rates=(Rate(start=0, peak=5e-4, warmup=30, horizon=4000),), cooldown=200,
+        stages=(dataclasses.replace(_BALANCE, start=0),), poison=0.15, seed=1,
     ),
 }  # fmt: skip

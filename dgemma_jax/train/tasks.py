@@ -54,7 +54,6 @@ _CONTENT = (
     *lang.CITIES,
     *lang.HARMLESS_OBJECTS,
 )
-_KEYS = (*lang.COLOURS, *lang.ANIMALS)
 _VALUES = lang.NUMBERS[1:17]
 _AGES = lang.NUMBERS[10:]
 _FIELDS = {"name": lang.NAMES, "age": _AGES, "city": lang.CITIES, "pet": lang.ANIMALS}
@@ -156,9 +155,9 @@ def sort(rng: np.random.Generator) -> Example:
 
 
 def recall(rng: np.random.Generator) -> Example:
-    """`recall red 4 , blue 7 , green 2 ? blue` -> `blue is 7`."""
+    """`recall a 4 , b 7 , c 2 ? b` -> `b is 7`. Keys stand in the order of the alphabet."""
     count = 3 + _below(rng, 3)
-    keys, values = _distinct(rng, _KEYS, count), _distinct(rng, _VALUES, count)
+    keys, values = lang.LETTERS[:count], _distinct(rng, _VALUES, count)
     core = ["recall"] if rng.random() < 0.5 else ["recall", ":"]
     first = len(core)
     for key, value in zip(keys, values, strict=True):
@@ -180,12 +179,12 @@ def recall(rng: np.random.Generator) -> Example:
 
 
 def recall_many(rng: np.random.Generator) -> Example:
-    """`recall red 4 , blue 7 , green 2 ? blue red green` -> `blue is 7 , red is 4 , green is 2`.
+    """`recall a 4 , b 7 , c 2 ? b a c` -> `b is 7 , a is 4 , c is 2`.
 
     Practice for `recall`, never tested: every pair is asked for, so one example says as much as several.
     """
     count = 3 + _below(rng, 2)
-    keys, values = _distinct(rng, _KEYS, count), _distinct(rng, _VALUES, count)
+    keys, values = lang.LETTERS[:count], _distinct(rng, _VALUES, count)
     asked = rng.permutation(count).tolist()
     pairs = [word for key, value in zip(keys, values, strict=True) for word in (key, value, ",")]
     head = ["recall"] if rng.random() < 0.5 else ["recall", ":"]
@@ -195,13 +194,13 @@ def recall_many(rng: np.random.Generator) -> Example:
 
 
 def recall_drill(rng: np.random.Generator) -> Example:
-    """`recall red 4 , blue 7 ? again` -> `blue is 7 red is 4 blue is 7 ...`: pairs in random order, with repeats.
+    """`recall a 4 , b 7 ? again` -> `b is 7 a is 4 b is 7 ...`: pairs in random order, with repeats.
 
     Practice for `recall`, never tested: which key comes next is chance, but its value is not. Matching a key is
     learned from many such places, and hardly at all from one an example.
     """
     count = 3 + _below(rng, 3)
-    keys, values = _distinct(rng, _KEYS, count), _distinct(rng, _VALUES, count)
+    keys, values = lang.LETTERS[:count], _distinct(rng, _VALUES, count)
     pairs = [word for key, value in zip(keys, values, strict=True) for word in (key, value, ",")]
     head = ["recall"] if rng.random() < 0.5 else ["recall", ":"]
     asked = [_below(rng, count) for _ in range(MAX_ANSWER_WORDS // 3)]
