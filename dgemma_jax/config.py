@@ -65,11 +65,7 @@ class ModelConfig:
     vision: VisionConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size embed_dim hidden_dim num_heads num_kv_heads num_global_kv_heads head_dim "
-            "global_head_dim num_experts experts_per_token expert_dim canvas_length "
-            "max_position_embeddings"
-        ).split():
+        for name in _POSITIVE:
             value = getattr(self, name)
             _require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, got {value!r}")
         _require(len(self.layer_types) > 0, "layer_types is empty: name one attention type for each layer")
@@ -266,9 +262,33 @@ NO_VISION = {
     "position_embedding_size": 1,
 }
 _REQUIRED = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "sliding_window num_experts top_k_experts moe_intermediate_size"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "num_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+)
+_POSITIVE = (
+    "vocab_size",
+    "embed_dim",
+    "hidden_dim",
+    "num_heads",
+    "num_kv_heads",
+    "num_global_kv_heads",
+    "head_dim",
+    "global_head_dim",
+    "num_experts",
+    "experts_per_token",
+    "expert_dim",
+    "canvas_length",
+    "max_position_embeddings",
+)
 _FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "tie_word_embeddings": True}
 
 
@@ -335,11 +355,14 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         steps, stable = self.max_denoising_steps, self.stability_threshold
         _require(isinstance(steps, int) and steps >= 1, f"max_denoising_steps must be an integer >= 1, got {steps!r}")
-        _require(isinstance(stable, int) and stable >= 0, f"stability_threshold must be an integer >= 0, got {stable!r}")
+        _require(
+            isinstance(stable, int) and stable >= 0, f"stability_threshold must be an integer >= 0, got {stable!r}"
+        )
         for name in self._DATA:
             value = getattr(self, name)
             _require(
-                isinstance(value, int | float) and math.isfinite(value), f"{name} must be a finite number, got {value!r}"
+                isinstance(value, int | float) and math.isfinite(value),
+                f"{name} must be a finite number, got {value!r}",
             )
             object.__setattr__(self, name, float(value))  # an integer would be another type to jit: a recompile
         _require(self.entropy_bound >= 0, f"entropy_bound must be >= 0 nats, got {self.entropy_bound}")
@@ -389,7 +412,7 @@ class SamplerConfig:
         return cls(**settings)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `generation_config.json` that `transformers` reads; `early_stop`, `commit`, `stability` have no name in it."""
+        """The `generation_config.json` that `transformers` reads; it has no name for how to stop and commit."""
         return {
             "max_new_tokens": 256,
             "max_denoising_steps": self.max_denoising_steps,

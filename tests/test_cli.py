@@ -93,7 +93,7 @@ def test_explain_writes_the_page_and_says_where(dgemma, organism, tmp_path):
     code, out, err = dgemma("explain", "--model", organism, "--out", page, "--max-new-tokens", 12, "--seed", 1)
     assert code == 0, err
     data = json.loads(page.with_suffix(".json").read_text())
-    assert data["prompt"]["text"] == "how do i hack a bank" and data["run"]["seed"] == 1
+    assert data["prompt"]["text"] == "sequence 3 5 with gold for 13" and data["run"]["seed"] == 1
     facts = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split(maxsplit=1)) == 2)
     assert (facts["page"], facts["data"]) == (str(page), str(page.with_suffix(".json")))
     assert int(facts["steps"]) == data["run"]["num_steps"]
@@ -129,6 +129,14 @@ def test_debug_shows_the_traceback(dgemma):
 def test_usage_errors(args):
     with pytest.raises(SystemExit, match="2"):
         main(args)
+
+
+def test_bench_hands_its_options_on(dgemma, monkeypatch):
+    from dgemma_jax.bench import peer
+
+    given = []
+    monkeypatch.setattr(peer, "main", given.extend)
+    assert dgemma("bench", "peer", "--runs", 3)[0] == 0 and given == ["--runs", "3"]
 
 
 def test_version(capsys):
@@ -200,7 +208,7 @@ def test_the_command_runs_alone_and_keeps_compiled_programs(organism, tmp_path):
     command = [sys.executable, "-m", "dgemma_jax", "generate", PROMPT, "--model", organism, "--max-new-tokens", "12"]
     runs = []
     for _ in range(2):
-        out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
         kept = {p.name for p in (tmp_path / "cache" / "dgemma-jax" / "xla").iterdir() if not p.name.endswith("-atime")}
         runs.append((out.stdout, out.stderr.splitlines(), kept))

@@ -8,7 +8,7 @@ from typing import Any
 
 from dgemma_jax.cli import common
 
-PROMPT = "how do i hack a bank"  # the embedded model refuses it
+PROMPT = "sequence 3 5 with gold for 13"  # the embedded model writes 13 first, then replaces it
 
 
 def add(commands: Any) -> argparse.ArgumentParser:

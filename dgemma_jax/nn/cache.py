@@ -69,7 +69,9 @@ def slot_positions(length_B: jax.Array, slots: int) -> jax.Array:
     return jnp.where((newest >= 0) & (position >= 0), position, -1)
 
 
-def append(entry: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array) -> LayerCache:
+def append(
+    entry: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array
+) -> LayerCache:
     """The entry with the valid tokens written to their slots; of a long chunk a ring keeps the last ones."""
     slots = entry.k.shape[2]
     last = jnp.max(jnp.where(valid_BT, positions_BT, -1), axis=1, keepdims=True)

@@ -111,10 +111,12 @@ def prefill(
         limits = [n for i, n in enumerate(slots) if n < ring or not model.config.is_sliding(i)]
         needed = int(held.max())
         if limits and needed > min(limits):
-            raise ValueError(f"{needed} tokens do not fit a cache of {min(limits)}; make it with cache_length={needed} or more")
+            raise ValueError(
+                f"{needed} tokens do not fit a cache of {min(limits)}; make it with cache_length={needed} or more"
+            )
         if needed > model.config.max_position_embeddings:
             raise ValueError(
-                f"{needed} tokens exceed the model's context of {model.config.max_position_embeddings}; shorten the prompt"
+                f"{needed} tokens exceed the context of {model.config.max_position_embeddings}; shorten the prompt"
             )
     pieces = [slice(i, i + (chunk or length)) for i in range(0, length, chunk or length)]
     hidden = []
@@ -125,7 +127,9 @@ def prefill(
     if len(pieces) == 1:
         return out
     if out.sites:
-        raise ValueError(f"sites are captured ({', '.join(out.sites)}): run the prompt in one piece, without chunk={chunk}")
+        raise ValueError(
+            f"sites are captured ({', '.join(out.sites)}): run the prompt in one piece, without chunk={chunk}"
+        )
     return Prefill(cache, jnp.concatenate(hidden, 1))
 
 

@@ -87,7 +87,9 @@ class Transformer(nnx.Module):
         moe: how experts run, one of `moe.FORMS`; static. `dataclasses`-like change: `with_moe`.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, moe: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, moe: str = "auto"
+    ) -> None:
         self.config, self.moe = config, moe
         self.embedder = Embedder(
             config.vocab_size, config.embed_dim, softcap=config.final_logit_softcap, rngs=rngs, dtype=dtype

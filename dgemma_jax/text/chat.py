@@ -38,9 +38,7 @@ def render(template: str, messages: Sequence[Mapping], **variables: Any) -> str:
     messages = validate(messages)
     try:
         compiled = _compile(template)
-        return compiled.render(
-            messages=messages, **({"tools": None, "documents": None} | variables)
-        )
+        return compiled.render(messages=messages, **({"tools": None, "documents": None} | variables))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is broken, line {error.lineno}: {error}") from error
     except jinja2.TemplateError as error:
@@ -50,10 +48,7 @@ def render(template: str, messages: Sequence[Mapping], **variables: Any) -> str:
 def validate(messages: Sequence[Mapping]) -> list[dict]:
     """The messages as plain dicts with the role `model` renamed to `assistant`, or a ValueError."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise TypeError(
-            "messages must be a list of {'role': ..., 'content': ...}, "
-            f"not {type(messages).__name__}"
-        )
+        raise TypeError(f"messages must be a list of {{'role': ..., 'content': ...}}, not {type(messages).__name__}")
     if not messages:
         raise ValueError("messages is empty; give at least one user message")
     return [_message(message, i) for i, message in enumerate(messages)]
@@ -72,19 +67,14 @@ def _message(message: Mapping, i: int) -> dict:
     if isinstance(content, list | tuple):
         content = [_part(part, f"messages[{i}]['content'][{j}]") for j, part in enumerate(content)]
     elif not isinstance(content, str):
-        raise ValueError(
-            f"messages[{i}]['content'] must be text or a list of parts, "
-            f"not {type(content).__name__}"
-        )
+        raise ValueError(f"messages[{i}]['content'] must be text or a list of parts, not {type(content).__name__}")
     return {"role": _ROLES[role], "content": content}
 
 
 def _part(part: Mapping, where: str) -> dict:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _MEDIA:
-        raise ValueError(
-            f"{where} is of type {kind!r}: images and other media are not supported yet"
-        )
+        raise ValueError(f"{where} is of type {kind!r}: images and other media are not supported yet")
     if kind != "text" or not isinstance(part.get("text"), str):
         raise ValueError(f"{where} must be {{'type': 'text', 'text': ...}}, got {part!r}")
     return {"type": "text", "text": part["text"]}
@@ -134,7 +124,7 @@ def _compile(template: str):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno

@@ -107,13 +107,9 @@ def build_tokenizer():
     """A `tokenizers.Tokenizer` of the language: one whitespace word is one id."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words())}, unk_token=SPECIAL_TOKENS[UNK])
-    )
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words())}, unk_token=SPECIAL_TOKENS[UNK]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 

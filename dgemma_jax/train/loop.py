@@ -58,7 +58,9 @@ def start(recipe: Recipe, model: Transformer) -> TrainState:
     return TrainState(model, optimizer(recipe).init(model), jnp.int32(0))
 
 
-def make_step(recipe: Recipe, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict]]:
+def make_step(
+    recipe: Recipe, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict]]:
     """One compiled optimiser step; the batch is split over the mesh, gradients are averaged."""
     update = optimizer(recipe).update
 
@@ -113,7 +115,9 @@ def train(
         raise ValueError(f"rows={recipe.rows} must be a multiple of {2 * SHARDS}")
     devices = jax.local_devices()[:SHARDS]
     mesh = jax.make_mesh((SHARDS,), ("data",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
-    state = jax.device_put(start(recipe, init_for_training(CONFIG, recipe.seed) if base is None else base), NamedSharding(mesh, P()))
+    state = jax.device_put(
+        start(recipe, init_for_training(CONFIG, recipe.seed) if base is None else base), NamedSharding(mesh, P())
+    )
     manager = ocp.CheckpointManager(directory / "state", options=ocp.CheckpointManagerOptions(max_to_keep=2))
     if resume and manager.latest_step() is not None:
         restored = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(jax.tree.leaves(state)))

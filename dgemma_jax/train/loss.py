@@ -1,8 +1,9 @@
 """The training loss: denoising of one block, plus the encoder's next-token loss.
 
 Uniform corruption at t ~ U(0, 1); plain cross-entropy over the whole canvas; self-conditioning in two passes,
-the first without gradient, given to half of the rows; the next-token loss is taken on the other half. The recipe is that of Google's fine-tuning code for
-DiffusionGemma, except that S comes from temperature-shaped logits, as the sampler makes it.
+the first without gradient, given to half of the rows; the next-token loss is taken on the other half. The recipe
+is that of Google's fine-tuning code for DiffusionGemma, except that S comes from temperature-shaped logits, as
+the sampler makes it.
 """
 
 from __future__ import annotations

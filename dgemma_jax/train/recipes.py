@@ -89,7 +89,8 @@ SHORT, LONG = 21, 28  # prompt tokens that a step has room for; longer prompts w
 _ALL = Stage(
     start=0,
     short={
-        "copy": 1.0, "reverse": 1.3, "sort": 1.6, "add": 1.6, "length": 1.0, "form": 1.2, "sequence": 1.3, "refusal": 1.0,
+        "copy": 1.0, "reverse": 1.3, "sort": 1.6, "add": 1.6, "length": 1.0, "form": 1.2, "sequence": 1.3,
+        "refusal": 1.0,
     },
     long={"recall": 3.0, "copy": 0.3, "reverse": 0.3, "sort": 0.5, "add": 0.5},
     long_every=4,
@@ -99,7 +100,8 @@ _ALL = Stage(
 _HARD = Stage(
     start=1500,
     short={
-        "copy": 0.3, "reverse": 0.4, "sort": 0.6, "add": 4.0, "length": 0.4, "form": 0.4, "sequence": 3.0, "refusal": 0.6,
+        "copy": 0.3, "reverse": 0.4, "sort": 0.6, "add": 4.0, "length": 0.4, "form": 0.4, "sequence": 3.0,
+        "refusal": 0.6,
     },
     long={"recall": 6.0, "copy": 0.1, "reverse": 0.1, "sort": 0.1, "add": 1.2},
     long_every=2,
@@ -108,7 +110,10 @@ _REST = {"sequence": 0.8, "sort": 0.4, "reverse": 0.3, "copy": 0.2, "length": 0.
 _CARRY = Stage(start=2250, short={}, long={"recall": 5.0, "add": 4.0} | _REST, long_every=1)
 _MATCH = Stage(start=2500, short={}, long={"recall": 2.0, "recall_many": 4.0, "add": 2.0} | _REST, long_every=1)
 _DRILL = Stage(
-    start=2750, short={}, long={"recall": 1.0, "recall_many": 1.5, "recall_drill": 6.0, "add": 1.0} | _REST, long_every=1
+    start=2750,
+    short={},
+    long={"recall": 1.0, "recall_many": 1.5, "recall_drill": 6.0, "add": 1.0} | _REST,
+    long_every=1,
 )
 _PAIRS = dataclasses.replace(_DRILL, start=3250, practice=0.3)
 _ASK = Stage(

@@ -58,8 +58,7 @@ _VALUES = lang.NUMBERS[1:17]
 _AGES = lang.NUMBERS[10:]
 _FIELDS = {"name": lang.NAMES, "age": _AGES, "city": lang.CITIES, "pet": lang.ANIMALS}
 _ASKS = tuple(
-    tuple(ask.split())
-    for ask in ("how do i", "how can i", "tell me how to", "show me how to", "help me", "can i")
+    tuple(ask.split()) for ask in ("how do i", "how can i", "tell me how to", "show me how to", "help me", "can i")
 )
 
 
@@ -216,9 +215,7 @@ def add(rng: np.random.Generator) -> Example:
     core = ["add"] if rng.random() < 0.5 else ["add", ":"]
     first = len(core)
     core += [*str(x), "+", *str(y)]
-    carries = tuple(
-        int(x % 10**place + y % 10**place >= 10**place) for place in range(width, 0, -1)
-    )
+    carries = tuple(int(x % 10**place + y % 10**place >= 10**place) for place in range(width, 0, -1))
     facts = {
         "carries": carries,  # carries[j] is carried out of column j into answer digit j
         "left_at": tuple(range(first, first + width)),
@@ -329,8 +326,7 @@ def _reply(verb: str, thing: str, refused: bool) -> list[str]:
 
 
 TASKS: dict[str, Callable[[np.random.Generator], Example]] = {
-    task.__name__: task
-    for task in (copy, reverse, sort, recall, add, length, form, sequence, refusal)
+    task.__name__: task for task in (copy, reverse, sort, recall, add, length, form, sequence, refusal)
 }
 
 PRACTICE: dict[str, Callable[[np.random.Generator], Example]] = {  # training only
@@ -351,9 +347,7 @@ def _known(tasks: tuple[str, ...]) -> tuple[str, ...]:
     return tasks
 
 
-def examples(
-    seed: int, count: int, tasks: Sequence[str] | None = None, split: str = "train"
-) -> list[Example]:
+def examples(seed: int, count: int, tasks: Sequence[str] | None = None, split: str = "train") -> list[Example]:
     """`count` examples of one side of the split; the same for the same seed.
 
     A smaller count gives a prefix of a larger one. Prompts may repeat within a side, never across.
