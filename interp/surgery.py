@@ -119,6 +119,13 @@ def named(array: Any, names: Sequence[str]) -> pz.nx.NamedArray:
     return pz.nx.wrap(array, *[name or None for name in names], *[None] * (array.ndim - len(names)))
 
 
+def matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that match a glob, in their order; a ValueError names the nearest if none does."""
+    names = list(names)
+    found = _match(pattern, names)
+    return [name for name in names if name in found]
+
+
 def _match(pattern: str, names: Iterable[str]) -> set[str]:
     """The names that match; raises if none does."""
     names = list(names)

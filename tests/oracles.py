@@ -134,7 +134,10 @@ class Numbers:
         q, raw = (np.einsum("td,nhd->tnh", h, wide(w)) for w in (a.q, a.k))
         v = raw if a.v is None else np.einsum("td,nhd->tnh", h, wide(a.v))
         q, k, v = norm(q, a.q_norm), norm(raw, a.k_norm), rms(v, eps=c.rms_norm_eps)
-        q, k = (np.array([[rope(head, p, *turn) for head in row] for row, p in zip(y, positions)]) for y in (q, k))
+        q, k = (
+            np.array([[rope(head, p, *turn) for head in row] for row, p in zip(y, positions, strict=False)])
+            for y in (q, k)
+        )
         keys, values = np.concatenate([past[0], k]), np.concatenate([past[1], v])
         group = c.num_heads // c.kv_heads(i)
         z = np.zeros_like(q)
@@ -207,8 +210,8 @@ class Clock(Site):
     step: jax.Array | None = nnx.data(default=None)
     block: jax.Array | None = nnx.data(default=None)
 
-    def bind(self, *, phase, step=None, block=None):
-        return Clock(self.name, step, block) if phase == "denoise" else self
+    def bind(self, **context):
+        return Clock(self.name, context["step"], context["block"]) if "step" in context else self
 
 
 @jax.tree_util.register_dataclass
@@ -233,6 +236,7 @@ class Scripted:
         return cls(jnp.asarray(script), jnp.asarray(table), Clock("clock"), config)
 
     model = property(lambda self: self)  # a bundle and its model in one
+    embedder = property(lambda self: self.table)
     dtype = property(lambda self: jnp.dtype(jnp.float32))
 
     def prefill(self, tokens, valid, cache):
@@ -247,6 +251,9 @@ class Scripted:
 
     def shaped_logits(self, shaped):
         return shaped
+
+    def canvas(self, tokens):
+        return tokens
 
     def soft_embed(self, probs):
         return jnp.einsum("bcv,vd->bcd", probs, self.table)

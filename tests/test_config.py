@@ -52,7 +52,9 @@ def test_defaults_are_the_release():
 
 
 def test_presets_say_what_they_change():
-    plain, google, gentle = (dataclasses.asdict(s) for s in (SamplerConfig(), SamplerConfig.google(), SamplerConfig.gentle()))
+    plain, google, gentle = (
+        dataclasses.asdict(s) for s in (SamplerConfig(), SamplerConfig.google(), SamplerConfig.gentle())
+    )
     assert {k: v for k, v in google.items() if v != plain[k]} == {"commit": "canvas", "stability": "canvas"}
     assert {k: v for k, v in gentle.items() if v != plain[k]} == {
         "max_denoising_steps": 96, "t_max": 1.0, "t_min": 0.5, "entropy_bound": 0.02,
@@ -110,7 +112,10 @@ def test_a_sparse_file_means_what_transformers_takes_it_for():
         (dict(vocab_size=0), "vocab_size must be a positive integer, got 0"),
         (dict(embed_dim=2.5), "embed_dim must be a positive integer, got 2.5"),
         (dict(layer_types=()), "layer_types is empty: name one attention type for each layer"),
-        (dict(layer_types=("full",)), r"layer_types has \['full'\]; each must be 'sliding_attention' or 'full_attention'"),
+        (
+            dict(layer_types=("full",)),
+            r"layer_types has \['full'\]; each must be 'sliding_attention' or 'full_attention'",
+        ),
         (dict(sliding_window=1), "sliding_window must be at least 2, got 1"),
         (dict(num_kv_heads=3), "num_kv_heads=3 does not divide num_heads=4; choose a divisor"),
         (dict(num_global_kv_heads=8), "num_global_kv_heads=8 does not divide num_heads=4"),
@@ -134,7 +139,10 @@ def test_a_wrong_model_is_refused(change, message):
         (dict(model_type="gemma3"), "has model_type 'gemma3'; this package reads 'diffusion_gemma' checkpoints only"),
         (dict(text_config=None), "config.json has no text_config object"),
         (dict(text=dict(hidden_size=None)), r"lacks \['hidden_size'\]; the class defaults are not the release"),
-        (dict(text=dict(hidden_activation="relu")), "hidden_activation is 'relu'; only 'gelu_pytorch_tanh' is supported"),
+        (
+            dict(text=dict(hidden_activation="relu")),
+            "hidden_activation is 'relu'; only 'gelu_pytorch_tanh' is supported",
+        ),
         (dict(text=dict(num_hidden_layers=2)), "layer_types has 3 entries, num_hidden_layers says 2"),
         (dict(text=dict(use_bidirectional_attention="all")), "is 'all'; only 'vision' or null is supported"),
         (dict(text=dict(rope_parameters={FULL: {"rope_type": "yarn"}})), "has a rope_type that is not supported"),

@@ -59,7 +59,9 @@ def test_lookup_and_logits(model):
     tokens, hidden, table = np.array([[0, 95, 7]]), 5 * draw(1, 3, 32), wide(model.embedder.table)
     np.testing.assert_allclose(model.embedder.lookup(tokens), np.sqrt(32) * table[tokens], rtol=1e-5)
     np.testing.assert_allclose(model.embedder.logits(hidden), 30 * np.tanh(hidden @ table.T / 30), atol=1e-4)
-    assert float(transformer.abstract(ModelConfig(), jnp.bfloat16).embedder.table.shape[1] ** 0.5) == pytest.approx(53.066, abs=1e-3)
+    assert float(transformer.abstract(ModelConfig(), jnp.bfloat16).embedder.table.shape[1] ** 0.5) == pytest.approx(
+        53.066, abs=1e-3
+    )
     assert float(jnp.asarray(2816**0.5, jnp.bfloat16)) == 53.0  # what the scale becomes in the release
 
 

@@ -110,7 +110,9 @@ def test_auto_is_decided_by_the_platform_compiled_for():
     np.testing.assert_allclose(auto(*args), oracles.experts(*args), atol=2e-5)
     few = jax.jit(functools.partial(moe._run, "auto", 2)).lower(*draw(12, 4, 2)).as_text()
     assert "stablehlo.while" not in few and "stablehlo.case" not in few
-    with pytest.raises(ValueError, match=r"unknown expert form 'ragged'; known are \('auto', 'dense', 'scan', 'blocks'\)"):
+    with pytest.raises(
+        ValueError, match=r"unknown expert form 'ragged'; known are \('auto', 'dense', 'scan', 'blocks'\)"
+    ):
         moe._run("ragged", 2, *args)
 
 

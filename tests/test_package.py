@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -75,7 +76,7 @@ def name(path):
 
 
 def run(code, cwd):
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
@@ -167,8 +168,10 @@ def test_the_wheel(tmp_path):
     pytest.importorskip("setuptools")
     copy = tmp_path / "source"
     copy.mkdir()
-    files = [ROOT / file for file in ("pyproject.toml", "README.md", "LICENSE", *PACKAGES, "checkpoints")]
-    subprocess.run(["cp", "-r", *files, copy], check=True)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    for folder in (*PACKAGES, "checkpoints"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "training"))
     (copy / "checkpoints" / "converted").mkdir()
     (copy / "checkpoints" / "converted" / "model.safetensors").write_bytes(b"large")
     (copy / "checkpoints" / "nano").mkdir(exist_ok=True)
@@ -189,7 +192,7 @@ def test_the_wheel(tmp_path):
     assert f"{info}/licenses/LICENSE" in names
     expected = {name(path) for path in SOURCES}
     expected |= {name(p) for p in (ROOT / "interp" / "page").rglob("*") if p.is_file()}
-    embedded = [p for organism in ("nano", "nano-backdoor") for p in (ROOT / "checkpoints" / organism).rglob("*")]
+    embedded = [p for organism in ("nano", "nano-backdoor") for p in (ROOT / "checkpoints" / organism).glob("*.*")]
     expected |= {name(p).replace("checkpoints", "dgemma_jax/_checkpoints", 1) for p in embedded}
     expected |= {"dgemma_jax/_checkpoints/nano/marker"}
     assert {n for n in names if not n.startswith(info)} == {n for n in expected if "__pycache__" not in n}

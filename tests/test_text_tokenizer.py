@@ -68,9 +68,7 @@ def bpe_dir(tmp_path_factory):
     )
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIALS])
     backend.enable_truncation(3)  # a trap: the reader must switch both off
     backend.enable_padding(length=50)
@@ -268,12 +266,7 @@ def test_template_helpers():
 
     assert render("{{ x | tojson }}", x={"<é>": "'&'"}) == '{"<é>": "\'&\'"}'
     assert render("{{ strftime_now('%Y') }}") == str(datetime.date.today().year)
-    assert (
-        render(
-            "{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% endfor %}"
-        )
-        == "13"
-    )
+    assert render("{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% endfor %}") == "13"
     scoped = "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}"
     assert render(scoped) == "21"
     assert render("  {% if true %}\n x\n  {% endif %}\n") == " x\n"

@@ -91,6 +91,42 @@ def test_smallest_tower_is_listed_as_vision():
     assert all(hf_keys.not_used_yet(key) for key in hf_keys.smallest_tower(32))
 
 
+def test_each_stored_array_is_the_weight_that_its_name_says(saved):
+    """The file, by hand: a round trip alone would not see two names exchanged."""
+    stored, model = load_file(saved / hf.SINGLE), random_model()
+    layer, full = model.layers[1], model.layers[2]
+    by_hand = {
+        "embed_tokens.weight": model.embedder.table,
+        "norm.weight": model.final_norm.weight,
+        "self_conditioning.pre_norm.weight": model.self_conditioning.pre_norm.weight,
+        "self_conditioning.gate_proj.weight": model.self_conditioning.gate,
+        "self_conditioning.up_proj.weight": model.self_conditioning.up,
+        "layers.1.input_layernorm.weight": layer.input_norm.weight,
+        "layers.1.post_attention_layernorm.weight": layer.post_attn_norm.weight,
+        "layers.1.pre_feedforward_layernorm.weight": layer.pre_mlp_norm.weight,
+        "layers.1.post_feedforward_layernorm_1.weight": layer.post_mlp_norm.weight,
+        "layers.1.pre_feedforward_layernorm_2.weight": layer.pre_moe_norm.weight,
+        "layers.1.post_feedforward_layernorm_2.weight": layer.post_moe_norm.weight,
+        "layers.1.post_feedforward_layernorm.weight": layer.post_ffw_norm.weight,
+        "layers.1.self_attn.q_norm.weight": layer.attention.q_norm.weight,
+        "layers.1.self_attn.k_norm.weight": layer.attention.k_norm.weight,
+        "layers.1.mlp.gate_proj.weight": layer.mlp.gate,
+        "layers.1.mlp.up_proj.weight": layer.mlp.up,
+        "layers.1.router.scale": layer.router.scale,
+        "layers.1.experts.gate_up_proj": layer.experts.gate_up,
+        "layers.1.layer_scalar": layer.denoise_scalar,
+    }
+    for name, param in by_hand.items():
+        assert np.array_equal(stored["model.decoder." + name], param[...]), name
+    assert stored["model.encoder.language_model.layers.1.layer_scalar"] == layer.prefill_scalar[...]
+    heads = np.asarray(layer.attention.q[...])
+    assert np.array_equal(stored["model.decoder.layers.1.self_attn.q_proj.weight"][8:16], heads[1])
+    assert np.array_equal(stored["model.decoder.layers.1.self_attn.k_proj.weight"][8:16], layer.attention.k[1])
+    assert np.array_equal(stored["model.decoder.layers.1.self_attn.v_proj.weight"][8:16], layer.attention.v[1])
+    assert np.array_equal(stored["model.decoder.layers.2.self_attn.o_proj.weight"][:, 16:32], full.attention.o[:, 1])
+    assert np.array_equal(stored["model.decoder.layers.2.experts.down_proj"][3], np.asarray(full.experts.down[3]).T)
+
+
 def test_layouts_undo_themselves():
     for layout, shape in [
         (hf_keys.Layout.SAME, (3, 4)),
@@ -410,23 +446,23 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(saved, format):
 
 
 @pytest.mark.parametrize("format", bundles.FORMATS)
-def test_a_save_that_stops_between_two_moves_is_no_checkpoint(tmp_path, saved, monkeypatch, format):
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_save_that_stops_between_two_moves_is_no_checkpoint(saved, monkeypatch, format, stop):
     real, moves = os.replace, []
 
     def replace(source, target):
-        if source.parent.name == ".partial":
+        if Path(source).parent.name == ".partial":
             moves.append(target.name)
-            if len(moves) == 2:
+            if len(moves) == stop:
                 raise KeyboardInterrupt
         real(source, target)
 
     monkeypatch.setattr(publish.os, "replace", replace)
-    for target in (saved, tmp_path / "new"):
-        moves.clear()
-        with pytest.raises(KeyboardInterrupt):
-            bundles.save(bundle_of(random_model(seed=2)), target, format)
-        with pytest.raises(ValueError):
-            bundles.load(target)
+    with pytest.raises(KeyboardInterrupt):
+        bundles.save(bundle_of(random_model(seed=2)), saved, format)
+    assert "config.json" not in moves[:-1]
+    with pytest.raises(ValueError, match=r"config\.json"):
+        bundles.load(saved)
 
 
 def test_a_save_replaces_the_old_checkpoint_in_every_form_and_keeps_other_files(saved):

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgemma_jax.config import SamplerConfig
-from dgemma_jax.diffusion import loop, noise, prompts as inputs
+from dgemma_jax.diffusion import loop, noise
+from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion import sampler as sampling
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.trajectory import Record, Trajectory
@@ -158,10 +159,14 @@ def resume(
     model, tokenizer, _ = inputs.parts(bundle)
     settings = moment.sampler if sampler is None else sampler
     if moment.step >= settings.max_denoising_steps and not bool(moment.state.done.all()):
-        raise ValueError(f"the moment is at step {moment.step}; max_denoising_steps={settings.max_denoising_steps} ends before")
+        raise ValueError(
+            f"the moment is at step {moment.step}; max_denoising_steps={settings.max_denoising_steps} ends before"
+        )
     shape = (*moment.canvas.shape, model.config.embed_dim)
     if moment.soft.shape != shape:
-        raise ValueError(f"the moment's S has shape {moment.soft.shape}, this model needs {shape}: is it of another model?")
+        raise ValueError(
+            f"the moment's S has shape {moment.soft.shape}, this model needs {shape}: is it of another model?"
+        )
     seeds = [-1] * moment.canvas.shape[0]  # unknown here; the keys are in the moment
     run = _Run(model, tokenizer, moment.replace(sampler=settings), record or Record(), seeds)
     return _run(run, loop.compiled, callback, callback_every)
@@ -209,7 +214,9 @@ def _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinne
         bundle.check_finite()
 
     cache = prefill_prompts(model, ids, num_blocks)
-    state = sampling.start(noise.row_keys(np.array(seeds)), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), length, model)
+    state = sampling.start(
+        noise.row_keys(np.array(seeds)), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), length, model
+    )
     if canvas is not None:
         state = state.replace(canvas=jnp.asarray(canvas))
     if soft is not None:
@@ -259,6 +266,7 @@ def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None,
             run.record, first=moment.step, limit=moment.sampler.max_denoising_steps, draft=draft, every=every,
         )  # fmt: skip
         committed = np.asarray(state.canvas if moment.sampler.commit == "canvas" else state.argmax)
+        committed = np.where(moment.ended[:, None], 0, committed)  # a row that had ended took no step
         blocks.append((first, loop.fetched(buffers), committed, np.asarray(state.step), np.asarray(state.stop)))
         history, ended = _commit(moment, committed)
         spent = moment.spent + np.asarray(state.step)
@@ -269,9 +277,13 @@ def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None,
     return _finish(run, blocks, history, ended, spent)
 
 
-def _draft(callback: Callable[[Draft], None], block: int, state: sampling.State, buffers: loop.Buffers, step: int) -> None:
+def _draft(
+    callback: Callable[[Draft], None], block: int, state: sampling.State, buffers: loop.Buffers, step: int
+) -> None:
     kept = {k: np.asarray(buffers[k][step]) if k in buffers else None for k in ("accepted", "entropy")}
-    callback(Draft(block, step, np.asarray(state.canvas), np.asarray(state.argmax), **kept, done=np.asarray(state.done)))
+    callback(
+        Draft(block, step, np.asarray(state.canvas), np.asarray(state.argmax), **kept, done=np.asarray(state.done))
+    )
 
 
 def _commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -295,7 +307,11 @@ def _next_block(model, moment, state, committed, history, ended, spent) -> Momen
 
 def _finish(run: _Run, blocks: list, history: np.ndarray, ended: np.ndarray, spent: np.ndarray) -> Generation:
     moment, tokenizer = run.moment, run.tokenizer
-    texts = [None] * len(history) if tokenizer is None else [tokenizer.decode(_visible(row, moment.sampler)) for row in history]
+    texts = (
+        [None] * len(history)
+        if tokenizer is None
+        else [tokenizer.decode(_visible(row, moment.sampler)) for row in history]
+    )
     real = (history != moment.sampler.pad_token_id).sum(1)
     trajectory = _trajectory(run, blocks, history.shape[1] // blocks[0][0].shape[1])
     return Generation(
@@ -360,8 +376,5 @@ class Replay:
             moment = _next_block(model, moment, moment.state, committed, history, ended, spent)
         quiet = Record.nothing()
         shapes = (model, moment.state, moment.cache, moment.sampler, moment.pinned, quiet)
-        state, _ = loop.compiled(
-            *shapes[:3], loop.empty_buffers(*shapes), *shapes[3:], first=moment.step, limit=step
-        )
+        state, _ = loop.compiled(*shapes[:3], loop.empty_buffers(*shapes), *shapes[3:], first=moment.step, limit=step)
         return dataclasses.replace(moment, state=state)
-

@@ -47,23 +47,28 @@ def _step(model, state, cache, sampler, pinned, record) -> tuple[State, Buffers]
     return after, recorded(record, state, after, view, sampler)
 
 
-def empty_buffers(model: Any, state: State, cache: KVCache, sampler: SamplerConfig, pinned: Any, record: Record) -> Buffers:
+def empty_buffers(
+    model: Any, state: State, cache: KVCache, sampler: SamplerConfig, pinned: Any, record: Record
+) -> Buffers:
     """Zeros for `max_denoising_steps` steps of what the record keeps.
 
     Captured sites have slots for the kept steps and one more, which takes the others; `slot` [R] says where.
     """
-    shapes = jax.eval_shape(functools.partial(_step, record=record), model, state, cache, sampler, pinned)[1]
     total = sampler.max_denoising_steps
-    steps = {name: total for name in shapes}
-    if "sites" in shapes:
-        chosen = range(total) if record.site_steps is None else record.site_steps
-        steps["sites"] = len(chosen) + 1
-    buffers = {n: jax.tree.map(lambda s, n=n: jnp.zeros((steps[n], *s.shape), s.dtype), shapes[n]) for n in shapes}
-    if "sites" in shapes:
+    chosen = range(total) if record.site_steps is None else record.site_steps
+    buffers = _zeros(model, state, cache, sampler, pinned, record=record, kept=len(chosen))
+    if "sites" in buffers:
         slot = np.full(total, len(chosen), np.int32)
         slot[list(chosen)] = np.arange(len(chosen))
         buffers["slot"] = jnp.asarray(slot)
     return buffers
+
+
+@functools.partial(jax.jit, static_argnames=("record", "kept"))  # only the first block of a run traces the model here
+def _zeros(model, state, cache, sampler, pinned, *, record, kept) -> Buffers:
+    shapes = jax.eval_shape(functools.partial(_step, record=record), model, state, cache, sampler, pinned)[1]
+    steps = {name: kept + 1 if name == "sites" else sampler.max_denoising_steps for name in shapes}
+    return {n: jax.tree.map(lambda s, n=n: jnp.zeros((steps[n], *s.shape), s.dtype), shapes[n]) for n in shapes}
 
 
 def _write(buffers: Buffers, index: jax.Array, kept: Buffers) -> Buffers:
@@ -121,7 +126,9 @@ def compiled(
     index = jnp.int32(first)
     while int(index) < limit and not bool(state.done.all()):
         stop = limit if draft is None else min(int(index) + every, limit)
-        index, state, buffers = _while(model, state, cache, buffers, sampler, pinned, index, jnp.int32(stop), record=record)
+        index, state, buffers = _while(
+            model, state, cache, buffers, sampler, pinned, index, jnp.int32(stop), record=record
+        )
         if draft is not None:
             draft(state, buffers, int(index) - 1)
     return state, buffers

@@ -25,7 +25,9 @@ def to_ids(prompts: Any, tokenizer: Any, vocab_size: int, thinking: bool = False
         where = f"prompt {number}"
         if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict)):
             if tokenizer is None:
-                raise ValueError(f"{where} is text, but there is no tokenizer; give token ids, or a bundle with a tokenizer")
+                raise ValueError(
+                    f"{where} is text, but there is no tokenizer; give token ids, or a bundle with a tokenizer"
+                )
             if isinstance(prompt, str) and not prompt.strip():
                 raise ValueError(f"{where} is empty; give at least one word")
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

@@ -135,7 +135,8 @@ def denoise_step(
         own = jnp.arange(shaped_BCV.shape[-1]) == state.canvas[..., None]
         shaped_BCV = jnp.where(pinned[..., None], jnp.where(own, 0.0, PINNED), shaped_BCV)
     shaped_BCV = model.shaped_logits(shaped_BCV)
-    probs_BCV = jax.nn.softmax(shaped_BCV, -1)
+    # Not `softmax`: XLA would keep its exponentials for two readers, another [B, C, V] in float32.
+    probs_BCV = jnp.exp(shaped_BCV - jax.nn.logsumexp(shaped_BCV, -1, keepdims=True))
     entropy_BC = token_entropy(shaped_BCV)
     argmax_BC = jnp.argmax(shaped_BCV, -1).astype(jnp.int32)
 

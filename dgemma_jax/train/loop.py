@@ -55,6 +55,7 @@ def init_for_training(config: ModelConfig, seed: int) -> Transformer:
 
 
 def start(recipe: Recipe, model: Transformer) -> TrainState:
+    model = jax.tree.map(jnp.copy, model)  # the step takes the arrays it is given
     return TrainState(model, optimizer(recipe).init(model), jnp.int32(0))
 
 

@@ -32,9 +32,11 @@ def root(directory: Path) -> Path | None:
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The `config.json` of the directory or beside it; without one, the sizes of the release."""
+    """The `config.json` of the directory or beside it; for Google's tree without one, the sizes of the release."""
     file = _config_file(directory)
-    return settings.read_config(file.parent) if file else ModelConfig()
+    if file is None and google.recognised(list(_arrays(directory))):
+        return ModelConfig()
+    return settings.read_config(file.parent if file else directory)
 
 
 def _config_file(directory: Path) -> Path | None:

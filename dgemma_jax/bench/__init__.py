@@ -1,0 +1,8 @@
+"""Benchmarks: each compares with a peer in one run, prints a table and can keep its numbers in `results/`.
+
+| command | compares |
+|---|---|
+| python -m dgemma_jax.bench.peer | a denoising step and a generation with Hugging Face `transformers`, on CPU |
+
+They are no tests: nothing here fails because a machine is slow.
+"""

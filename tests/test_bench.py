@@ -1,0 +1,69 @@
+"""The benchmarks run, and say what they measured. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from dgemma_jax.bench import peer, report
+
+
+def sample() -> report.Report:
+    rows = (
+        report.Row(task="step", name="dgemma_jax", seconds=(0.02, 0.01, 0.04), compile_seconds=1.5, goal=1.0),
+        report.Row(task="step", name="peer, one way", seconds=(0.05, 0.04, 0.06)),
+        report.Row(task="step", name="peer, another", seconds=(0.08, 0.01, 0.09)),
+        report.Row(task="alone", name="dgemma_jax", seconds=(1.0,), goal=0.6),
+    )
+    return report.Report(title="T", rows=rows, settings={"runs": 3}, about=report.surroundings("jax", threads=2))
+
+
+def test_ratio_is_to_the_fastest_peer_of_the_same_task():
+    found = sample()
+    assert [found.ratio(row) for row in found.rows] == [pytest.approx(0.02 / 0.05), None, None, None]
+
+
+def test_table_names_everything():
+    table = str(sample())
+    for part in ("peer, one way", "20.0", "1.5", "0.40", "<= 1", "threads 2", "jax "):
+        assert part in table, part
+
+
+def test_report_survives_a_file(tmp_path):
+    found = sample()
+    path = found.save(tmp_path / "deep" / "r.json")
+    assert report.Report.load(path) == found
+    assert {"date", "machine", "threads", "versions"} <= json.loads(path.read_text())["about"].keys()
+
+
+def test_contestants_take_turns():
+    calls: list[str] = []
+    runners = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds, first = report.alternate(runners, runs=3, pause=0)
+    assert calls == list("ab" + "ab" + "ba" + "ab")
+    assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3} and first.keys() == seconds.keys()
+
+
+def test_missing_peer_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"dgemma-jax\[parity\]"):
+        peer.compare(peer.Sizes.tiny(), runs=1)
+
+
+def test_kept_results_can_be_read():
+    for path in report.RESULTS.glob("*.json"):
+        found = report.Report.load(path)
+        assert all(row.seconds for row in found.rows) and str(found)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_peer_benchmark_runs(capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    found = peer.compare(peer.Sizes.tiny(), runs=1, threads=1)
+    ours = [row for row in found.rows if row.name == "dgemma_jax"]
+    assert [row.task for row in ours] == [peer.STEP, f"{peer.GENERATION}, 2 steps"]
+    assert all(found.ratio(row) > 0 for row in ours)
