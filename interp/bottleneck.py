@@ -145,7 +145,7 @@ def token_bottleneck(
         )  # fmt: skip
     new = Bottleneck(
         k=None if k is None else jnp.asarray(k, jnp.int32), p=None if p is None else jnp.asarray(p, jnp.float32),
-        count=count, mode="hard" if hard else mode, table_sum=_table_sum(transformer), gate=gate,
+        count=count, mode="hard" if hard else mode, table_sum=table_sum(transformer), gate=gate,
     )  # fmt: skip
     return rewrapped(model, surgery.soft_embedding(transformer).set(new))
 
@@ -172,9 +172,9 @@ def _count(k: Any, p: Any, hard: bool, count: int | None, size: int) -> int:
     return count
 
 
-def _table_sum(model: Any) -> Any:
+def table_sum(model: Any) -> Any:
     """[D] float32, the sum of the table's rows; without weights its shape."""
-    table_VD = model.embedder.table[...]
+    table_VD = model.embedder.table.get_value()
     if isinstance(table_VD, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(table_VD.shape[1:], jnp.float32)
     return jnp.sum(table_VD, 0, dtype=jnp.float32)

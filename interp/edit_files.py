@@ -19,6 +19,7 @@ from dgemma_jax.nn.embedder import SoftEmbed
 from dgemma_jax.nn.functional import of
 from dgemma_jax.nn.sites import Site, is_open
 from interp import array_files, surgery
+from interp.bottleneck import table_sum
 from interp.editing import put, rewrapped, sizes
 from interp.edits import Chain, Edit
 from interp.gates import Gate
@@ -67,8 +68,7 @@ def load_edits(model: Any, path: str | Path) -> Any:
         if getattr(soft, "table_sum", np.zeros(width)).shape != (width,):
             raise ValueError(f"{path} has a bottleneck of width {soft.table_sum.shape[0]}, the model {width}")
         if hasattr(soft, "table_sum"):  # of this model's table
-            total = jnp.sum(transformer.embedder.table[...], 0, dtype=jnp.float32)
-            soft = dataclasses.replace(soft, table_sum=total)
+            soft = dataclasses.replace(soft, table_sum=table_sum(transformer))
         transformer = surgery.soft_embedding(transformer).set(soft)
     return rewrapped(model, transformer)
 
