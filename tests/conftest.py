@@ -1,6 +1,12 @@
 """What all tests share: strict JAX settings, and a tiny model with every part of the architecture."""
 
+import os
+
 import pytest
+
+# Nearly all the time of the tests is compilation of programs that run once; this nearly halves it.
+_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 @pytest.fixture(scope="session")
