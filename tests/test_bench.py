@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -44,6 +45,16 @@ def test_contestants_take_turns():
     seconds, first = report.alternate(runners, runs=3, pause=0)
     assert calls == list("ab" + "ab" + "ba" + "ab")
     assert {k: len(v) for k, v in seconds.items()} == {"a": 3, "b": 3} and first.keys() == seconds.keys()
+
+
+def test_slow_and_broken_peers_are_left_out(capsys):
+    def broken():
+        raise NotImplementedError("no such kernel")
+
+    calls = {"quick": lambda: time.sleep(0.01), "slow": lambda: time.sleep(0.2), "broken": broken}
+    assert peer.worth_timing(calls) == ["quick"]
+    said = capsys.readouterr().out
+    assert "slow: 0.2 s" in said and "broken: no such kernel" in said
 
 
 def test_missing_peer_is_named(monkeypatch):

@@ -177,7 +177,7 @@ def missing() -> str | None:
 def figures(record_name: str) -> dict:
     if reason := missing():
         pytest.skip(reason)
-    environment = os.environ | {
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),

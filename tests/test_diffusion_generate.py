@@ -10,6 +10,7 @@ import pytest
 
 import dgemma_jax as dg
 from dgemma_jax.config import FULL, SLIDING, ModelConfig, SamplerConfig
+from dgemma_jax.diffusion import loop, noise
 
 C, N, J = 6, 4, 3
 CONFIG = ModelConfig.tiny(layer_types=(SLIDING, FULL), sliding_window=5, canvas_length=C, vocab_size=64, num_experts=4)
@@ -57,6 +58,27 @@ def same(a, b, atol=1e-5):
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=atol, rtol=1e-4, err_msg=name)
+
+
+def test_the_run_is_worth_testing(out):
+    """Rows differ in steps and blocks; both stop rules, end tokens, part and whole canvases accepted all occur."""
+    t = out.trajectory
+    assert len(np.unique(t.num_steps)) >= 3 and {(t.num_steps[:, b] > 0).sum() for b in range(3)} >= {1, J}
+    assert {"eos", "max_new_tokens"} == set(out.stop_reason) and set(np.unique(t.stop)) >= {1, 2}
+    counts = t.accepted[t.valid].sum(-1)
+    assert counts.min() < C == counts.max()
+    dropped = t.accepted[:, :-1] & ~t.accepted[:, 1:] & (t.valid[:, :-1] & t.valid[:, 1:])[..., None]
+    assert dropped.any()  # an accepted position is given up again
+
+
+def test_one_compile_for_all_data(model, out):
+    """Other prompts, lengths, seeds, weights, settings of the sampler and blocks share the programs of the loop."""
+    before = loop._while._cache_size()
+    other = oracles.build(CONFIG, seed=3, sharpness=6)
+    gentle = SAMPLER.replace(entropy_bound=0.2, t_max=0.9, confidence_threshold=0.01)
+    for new, prompts, sampler in ((model, [[8, 9], [3] * 11, [4]], SAMPLER), (other, PROMPTS, gentle)):
+        assert run(new, prompts, [5, 6, 7], sampler).tokens.shape[0] == 3
+    assert loop._while._cache_size() == before > 0
 
 
 def test_the_compiled_loop_is_the_python_loop(model, out):
@@ -188,6 +210,26 @@ def test_a_moment_of_a_resumed_run(model, out):
     np.testing.assert_array_equal(a.spent, b.spent)
     with pytest.raises(ValueError, match="step 0 of block 0 was not run; steps there: 1.."):
         again.trajectory.moment(0, 0)
+
+
+def test_branching(model, out):
+    """What a moment is changed in is what the next step sees; rows that were not changed go on as before."""
+    t = out.trajectory
+    moment = t.moment(0, 1)
+    canvas = np.array(moment.canvas)
+    canvas[1] = (canvas[1] + 7) % 64
+    branch = dg.resume(model, moment.replace(canvas=canvas), record=RECORD)
+    seen = branch.trajectory.fn
+    np.testing.assert_array_equal(seen["canvas"][0, 1, 1], canvas[1])
+    assert np.abs(seen["logits"][0, 1, 1] - t.fn["logits"][0, 1, 1]).max() > 0.1
+    for b in (0, 2):
+        np.testing.assert_array_equal(branch.tokens[b], out.tokens[b])
+    again = dg.resume(model, moment.replace(canvas=canvas), record=RECORD)
+    np.testing.assert_array_equal(again.tokens, branch.tokens)
+
+    seeded = dg.resume(model, moment.replace(keys=noise.row_keys(np.array([51, 52, 53]))), record=RECORD)
+    np.testing.assert_allclose(seeded.trajectory.fn["logits"][0, 1], t.fn["logits"][0, 1], atol=1e-5)  # the same state
+    assert (seeded.trajectory.tokens[0, 1] != t.tokens[0, 1]).any(-1).all()  # other draws
 
 
 def test_moments_that_do_not_exist(model, out):

@@ -3,8 +3,9 @@
     python -m dgemma_jax.bench.peer [--save]         needs the `parity` extra
 
 The model is random and of the architecture's shape at a size that fits a laptop. Both sides run in float32, on the
-same number of threads, in turns. `transformers` runs eagerly with each of its expert implementations; the fastest is
-the peer. Times of the first call are printed as compile time and are not part of the others.
+same number of threads, in turns. `transformers` runs eagerly with each of its expert implementations that is not far
+slower than the others; the fastest is the peer. Times of the first call are printed as compile time and are not part of
+the others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +74,7 @@ def compare(sizes: Sizes | None = None, runs: int = 7, threads: int = 2, seed: i
     rng = np.random.default_rng(seed)
     prompt = rng.integers(3, sizes.vocab_size, sizes.prompt_length)
     rows: list[report.Row] = []
+    kept = worth_timing({experts: peer_step(model, prompt, experts) for experts in EXPERTS})
     for task, ours, theirs, goal in (
         (STEP, our_step(bundle, prompt), functools.partial(peer_step, model, prompt), STEP_GOAL),
         (
@@ -80,10 +83,7 @@ def compare(sizes: Sizes | None = None, runs: int = 7, threads: int = 2, seed: i
         ),
     ):  # fmt: skip
         name = task if task == STEP else f"{task}, {sizes.steps} steps"
-        contestants: dict[str, Callable[[], Any]] = {"dgemma_jax": ours}
-        for experts in EXPERTS:
-            contestants[f"transformers, {experts}"] = theirs(experts)
-        contestants = {k: call for k, call in contestants.items() if _works(call, k)}
+        contestants = {"dgemma_jax": ours} | {f"transformers, {experts}": theirs(experts) for experts in kept}
         seconds, first = report.alternate(contestants, runs)
         compiling = max(0.0, first["dgemma_jax"] - min(seconds["dgemma_jax"]))
         rows += [
@@ -220,16 +220,21 @@ def _peer_settings(model: Any, steps: int) -> Any:
     )  # fmt: skip
 
 
-def _works(call: Callable[[], Any], name: str) -> bool:
-    """False, with a note, for an implementation of the peer that this machine cannot run."""
-    if name == "dgemma_jax":
-        return True
-    try:
-        call()
-    except (RuntimeError, ImportError, NotImplementedError) as error:
-        print(f"left out: {name}: {str(error).splitlines()[0]}")
-        return False
-    return True
+def worth_timing(calls: dict[str, Callable[[], Any]], factor: float = 3.0) -> list[str]:
+    """Names of the calls that run here and take less than `factor` times the fastest; says which are left out."""
+    seconds = {}
+    for name, call in calls.items():
+        try:
+            call()
+            start = time.perf_counter()
+            call()
+            seconds[name] = time.perf_counter() - start
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            print(f"left out: {name}: {str(error).splitlines()[0]}")
+    for name, taken in seconds.items():
+        if taken >= factor * min(seconds.values()):
+            print(f"left out: {name}: {taken:.1f} s a step, the fastest takes {min(seconds.values()):.1f} s")
+    return [name for name, taken in seconds.items() if taken < factor * min(seconds.values())]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@
 |---|---|---|
 | dense | every expert on every token | one canvas on a GPU or TPU, few experts, forward-mode derivatives |
 | scan | the same, one expert at a time | gradients in the weights with many experts |
-| blocks | chosen experts only: tokens sorted by expert, padded to blocks | many experts on CPU, long prompts |
+| blocks | chosen experts only: tokens gathered by expert, padded to blocks | many experts on CPU, long prompts |
 
 All forms are plain JAX and pass `vmap`, `grad` and `jvp`. `lax.ragged_dot` is not used: it has no `vmap` rule
 and on NVIDIA GPUs XLA expands it to a dense masked product.
@@ -135,32 +135,30 @@ def block_size(assignments: int, experts: int) -> int:
 
 
 def blocks(top: int, x_TD, weights_TE, gate_up_EFD, down_EFD) -> jax.Array:
-    """Chosen experts only: assignments sorted by expert, each expert's rows padded to whole blocks.
+    """Chosen experts only: each expert's tokens gathered and padded to whole blocks, then gathered back.
 
     The number of blocks is fixed by the sizes, so the shapes are too: ceil(T * X / size) + E - 1 at most.
     Nonzero weights beyond the `top` largest of a token (an edit can make them) are not seen by this form.
     """
-    tokens, experts = weights_TE.shape
+    (tokens, experts), width = weights_TE.shape, x_TD.shape[1]
     weight_TX, expert_TX = jax.lax.top_k(weights_TE, top)
     size = block_size(tokens * top, experts)
     count = -(-tokens * top // size) + experts - 1
-    order = jnp.argsort(expert_TX.reshape(-1), stable=True)
-    expert = expert_TX.reshape(-1)[order]
-    load_E = jnp.sum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), 0)
-    blocks_E = -(-load_E // size)
-    first_E = jnp.cumsum(blocks_E) - blocks_E  # first block of each expert
-    rank = jnp.arange(tokens * top) - (jnp.cumsum(load_E) - load_E)[expert]
-    slot = first_E[expert] * size + rank
-    rows = jnp.full((count * size,), tokens, jnp.int32).at[slot].set((order // top).astype(jnp.int32))
-    gates = jnp.zeros((count * size,), weights_TE.dtype).at[slot].set(weight_TX.reshape(-1)[order])
-    owner = jnp.clip(jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(count), side="right"), 0, experts - 1)
-    padded_TD = jnp.concatenate([x_TD, jnp.zeros((1, x_TD.shape[1]), x_TD.dtype)])
+    expert = expert_TX.reshape(-1)  # of every assignment, token by token
+    so_far = jnp.cumsum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), 0)
+    blocks_E = -(-so_far[-1] // size)
+    last_E = jnp.cumsum(blocks_E)
+    rank = jnp.take_along_axis(so_far, expert[:, None], 1)[:, 0] - 1  # among the assignments of its expert
+    slot = (last_E - blocks_E)[expert] * size + rank
+    source = jnp.full((count * size,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens * top, dtype=jnp.int32) // top)
+    owner = jnp.clip(jnp.searchsorted(last_E, jnp.arange(count), side="right"), 0, experts - 1)
+    padded_TD = jnp.concatenate([x_TD, jnp.zeros((1, width), x_TD.dtype)])
 
-    def one(total_TD, block):
-        row_I, gate_I, e = block
-        gate_IF, up_IF = jnp.split(padded_TD[row_I] @ gate_up_EFD[e].T, 2, -1)
-        out_ID = (gelu(gate_IF) * up_IF * gate_I[:, None].astype(x_TD.dtype)) @ down_EFD[e]
-        return total_TD.at[row_I].add(out_ID), None
+    def one(_, block):
+        x_ID, e = block
+        gate_FI, up_FI = jnp.split(jnp.einsum("fd,id->fi", gate_up_EFD[e], x_ID), 2, 0)
+        return None, jnp.einsum("fi,fd->id", gelu(gate_FI) * up_FI, down_EFD[e])
 
-    work = (rows.reshape(count, size), gates.reshape(count, size), owner)
-    return jax.lax.scan(one, jnp.zeros_like(padded_TD), work)[0][:tokens]
+    out = jax.lax.scan(one, None, (padded_TD[source].reshape(count, size, width), owner))[1]
+    out_TXD = out.reshape(count * size, width)[slot].reshape(tokens, top, width)
+    return jnp.einsum("txd,tx->td", out_TXD, weight_TX.astype(x_TD.dtype))
