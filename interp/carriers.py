@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from interp.edits import Edit, lead
@@ -117,7 +118,10 @@ class Kill(Edit):
 
 @nnx.dataclass(eq=False)
 class Inject(Edit):
-    """Gives each of n tokens the mass `amount`: p' = (1 - n * amount) p + amount * 1[tokens]."""
+    """Gives each of n tokens the mass `amount`: p' = (1 - n * amount) p + amount * 1[tokens].
+
+    A token that becomes the most likely one also tells by its rank: compare arms in which none does.
+    """
 
     ONLY_AT: ClassVar = _PROBS
     tokens: Any = nnx.data()
@@ -125,6 +129,10 @@ class Inject(Edit):
 
     def __post_init__(self) -> None:
         self.tokens, self.amount = _listed(self.tokens), jnp.asarray(self.amount, jnp.float32)
+        if not isinstance(self.tokens, jax.core.Tracer) and not isinstance(self.amount, jax.core.Tracer):
+            count, amount = len(set(np.asarray(self.tokens).tolist()) - {-1}), np.asarray(self.amount)
+            if count and not ((amount >= 0) & (count * amount <= 1 + 1e-6)).all():
+                raise ValueError(f"{count} tokens cannot have the mass {amount} each; give 0 to {1 / count:.3g}")
 
     def apply(self, x: jax.Array) -> jax.Array:
         chosen_V = _chosen(self.tokens, x.shape[-1])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 from typing import Any
 
 import numpy as np
 
-from interp import array_files
+from interp import array_files, effect_plots
 from interp.activations import WORDS
 
-_PLACES = WORDS | {"L": "layer", "P": "prompt position"}
+PLACES = WORDS | {"L": "layer", "P": "prompt position"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +32,7 @@ class EffectMap:
         noise: [R, B] standard deviation of `base` over other seeds, the floor under which an effect says nothing;
             None if it was not asked for.
         method: in words: "patch", "attribution (integrated, 5 points)".
-        labels: words for the numbers along an axis, by letter: {"P": ["<bos>", "recall", ...]}; of row 0.
+        labels: words for all numbers of an axis, by letter: {"P": ["<bos>", "recall", ...]}; of row 0.
     """
 
     effects: dict[str, np.ndarray]
@@ -80,7 +81,7 @@ class EffectMap:
             for at in np.argsort(-np.abs(mean), None)[:count]:
                 place = np.unravel_index(at, mean.shape)
                 numbers = {
-                    _PLACES[a]: self.index[name][a][i] for a, i in zip(self.axes[name][:-1], place, strict=True)
+                    PLACES[a]: self.index[name][a][i] for a, i in zip(self.axes[name][:-1], place, strict=True)
                 }
                 found.append((name, numbers, float(mean[place])))
         return sorted(found, key=lambda entry: -abs(entry[2]))[:count]
@@ -88,6 +89,21 @@ class EffectMap:
     def flat(self) -> np.ndarray:
         """Every effect in one vector, in the order of the sites: to compare two maps of the same places."""
         return np.concatenate([self.effects[name].ravel() for name in self.effects])
+
+    def plot(self, *, recovery: bool = False, row: int | None = None, most: int = 6) -> Any:
+        """Heat maps, one line of them a site: layer x position for each step, or step x position without layers.
+
+        Axes beyond these two are shown by the entry of largest size along them. All maps share one scale.
+
+        Args:
+            recovery: show the share of the way to the donor's metric instead of the metric's own units.
+            row: of the pairs; None shows their mean.
+            most: steps shown at most, evenly chosen.
+
+        Returns:
+            A matplotlib figure.
+        """
+        return effect_plots.draw(self, recovery, row, most)
 
     def save(self, path: Any) -> Any:
         """Write one `.npz` file."""
@@ -105,6 +121,14 @@ class EffectMap:
             effects=effects, axes=about["axes"], index=about["index"], base=arrays["base"], donor=arrays.get("donor"),
             noise=arrays.get("noise"), method=about["method"], labels=about["labels"],
         )  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        lines = [html.escape(line) for line in repr(self).splitlines()]
+        rows = [("site", "place", "mean effect")]
+        for name, place, effect in self.top():
+            rows.append((name, ", ".join(f"{word} {number}" for word, number in place.items()), f"{effect:.4g}"))
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        return f"<p>{'<br>'.join(lines)}</p><table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
     def __repr__(self) -> str:
         lines = [f"{self.method or 'effects'}: {self.size} interventions, metric {float(np.mean(self.base)):.4g}"]

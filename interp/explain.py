@@ -4,8 +4,9 @@
     explanation.save("report.html")        # and report.json beside it
     explanation                            # in a notebook: the page itself
 
-It runs the model once and shows what the sampler did. It does not intervene; panels that do (see
-`interp.panels`) add their own data. `Explanation.data` is the content of the JSON file:
+It runs the model once and shows what the sampler did; the panel "lens" makes the run once more, to read every layer.
+With another prompt to compare with, `against`, it also patches that prompt's run into this one. `Explanation.data` is
+the content of the JSON file:
 
 | key | content |
 |---|---|
@@ -119,6 +120,7 @@ def explain(
     max_new_tokens: int = 256,
     record: dg.Record | None = None,
     panels: Iterable[str | Panel] | None = None,
+    against: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> Explanation:
     """Generates the answer to one prompt and explains how it came about.
@@ -130,6 +132,8 @@ def explain(
         record: what to keep of every step; must keep tokens, argmax, accepted and entropy.
             The default also keeps the 8 most likely tokens.
         panels: names in `interp.panels.PANELS` or `Panel`s of your own; None shows all of the table.
+        against: another prompt of as many tokens; adds a map of where patching its run into this one changes the
+            answer. That intervenes at some hundred places.
         progress: is called with one line of text as the work goes on.
     """
     record = dg.Record(top_k=8) if record is None else record
@@ -137,6 +141,10 @@ def explain(
     if missing:
         raise ValueError(f"explain needs {', '.join(missing)} in the record; got {record}")
     panels = choose(panels)
+    if against is not None:
+        from interp.patch_panel import patch_panel
+
+        panels = (*panels, patch_panel(against))
     tell = progress or (lambda line: None)
 
     tell("generating")

@@ -173,5 +173,5 @@ def answer(tokens: Sequence[int] | Sequence[Sequence[int]], start: int = 0) -> L
 def _set(metric: Any, **fields: Any) -> None:
     """Check and store, unless JAX is rebuilding the metric around leaves of its own."""
     for name, value in fields.items():
-        if isinstance(value, int | np.integer | list | tuple | range | np.ndarray):
+        if isinstance(value, int | float | np.number | list | tuple | range | np.ndarray):
             object.__setattr__(metric, name, _many(value, name))

@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .lens_panel import lens_data
+
 
 def no_data(bundle: Any, generation: Any) -> None:
     """For panels that need nothing beyond the arrays of the run, which every panel sees."""
@@ -72,6 +74,7 @@ PANELS: Mapping[str, Panel] = {
         Panel(name="canvas", title="The canvas", script="canvas.js"),
         Panel(name="position", title="One position", script="position.js", place="side"),
         Panel(name="maps", title="All steps, all positions", script="maps.js"),
+        Panel(name="lens", title="Layer by layer", script="lens.js", data=lens_data),
         Panel(name="curves", title="Step by step", script="curves.js"),
         Panel(name="table", title="Tables", script="table.js", place="foot"),
     )

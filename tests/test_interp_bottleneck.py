@@ -45,9 +45,9 @@ def by_definition(probs, k=None, p=None):
     return np.where(kept, probs, np.where(others > 0, rest / np.maximum(others, 1), 0)), kept
 
 
-def bottleneck(k=None, p=None, count=1, mode="uniform", table_sum=None):
-    k = None if k is None else jnp.int32(k)
-    return Bottleneck(k=k, p=None if p is None else jnp.float32(p), count=count, mode=mode, table_sum=table_sum)
+def bottleneck(k=10**6, p=0.0, count=1, mode="uniform", table_sum=None):
+    spread = jnp.asarray(mode == "uniform")
+    return Bottleneck(k=jnp.asarray(k), p=jnp.asarray(p), spread=spread, count=count, table_sum=table_sum)
 
 
 def as_distribution(module, probs):
@@ -90,12 +90,36 @@ def test_modes_by_hand():
         (dict(p=0.4, count=2), [[0.5, 0.125, 0.125, 0.125, 0.125], [0.2] * 5]),  # no token: uniform
         (dict(k=2, count=2, mode="renormalize"), [[5 / 7, 2 / 7, 0, 0, 0], [0.5, 0.5, 0, 0, 0]]),
         (dict(p=0.4, count=2, mode="renormalize"), [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]),  # the first stays
-        (dict(mode="hard"), [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]),
+        (dict(k=1, mode="renormalize"), [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]]),  # hard
     ]
     for setting, expected in cases:
         got = as_distribution(bottleneck(**setting), probs)
         np.testing.assert_allclose(got[0, :2], expected, atol=1e-6, err_msg=str(setting))
         assert not got[0, 2].any()  # a signal of zeros stays zero
+
+
+def test_one_setting_a_row():
+    """Rows of a batch may differ in k and in p: a ladder in one pass."""
+    probs = np.repeat(random_probs(50), 3, 0)
+    for setting in (dict(k=[1, 7, 50]), dict(p=[0.5, 0.03, 0.02])):
+        got = as_distribution(bottleneck(**setting, count=50), probs)
+        ((name, values),) = setting.items()
+        for row, value in enumerate(values):
+            np.testing.assert_allclose(got[row], by_definition(probs[row], **{name: value})[0], atol=5e-7)
+
+
+@pytest.mark.parametrize("count", [4, 300])
+def test_bfloat16_tables_lose_nothing_but_the_last_rounding(count):
+    """Gathered and dense forms: sums in float32, one rounding to bfloat16 at the end."""
+    probs = random_probs(1000)
+    embedder, _ = table_of(1000)
+    embedder.table, embedder.scale = embedder.table.astype(jnp.bfloat16), jnp.bfloat16(8**0.5)
+    table, scale = np.asarray(embedder.table, np.float64), float(embedder.scale)
+    exact = (by_definition(probs, k=count)[0] @ table) * scale
+    table_sum = jnp.sum(embedder.table, 0, dtype=jnp.float32)
+    soft = bottleneck(k=count, count=count, table_sum=table_sum)(jnp.asarray(probs), embedder)
+    assert soft.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(soft, np.float64), exact, rtol=2**-8, atol=1e-5)
 
 
 @jax.jit
@@ -239,6 +263,9 @@ def test_carriers_in_a_run(model):
         ({"k": 2, "mode": "zero"}, "mode must be one of uniform, renormalize"),
         ({"k": 4, "count": 3}, "count must be from 4"),
         ({"p": 0.1, "count": 3}, "count must be from 10"),
+        ({"hard": True, "count": V + 1}, "count must be from 1"),
+        ({"k": [[2]]}, "one number or one a row"),
+        ({"k": [2, 40]}, "from 1 to 32"),
         ({"k": 4, "steps": 4}, "steps has 4"),
         ({"k": 4, "positions": C}, "positions has 6"),
     ],
@@ -252,9 +279,11 @@ def test_without_weights_and_twice(model):
     release = interp.token_bottleneck(transformer.abstract(dg.ModelConfig()), p=0.03)
     assert release.soft_embedding.count == 33 and release.soft_embedding.table_sum.shape == (2816,)
     twice = interp.token_bottleneck(interp.token_bottleneck(model, k=2), hard=True)
-    assert interp.describe(twice)[0].values.startswith("count=1, mode=hard")
+    assert interp.describe(twice)[0].values.startswith("k=1, p=0.0, spread=False, count=1")
     for pattern, edit in (("logits", interp.Flat()), ("soft_embed", interp.Kill(3)), ("soft_probs", interp.Smooth())):
         with pytest.raises(ValueError, match="acts at"):
             interp.edit(model, pattern, edit)
+    with pytest.raises(ValueError, match="3 tokens cannot have the mass 0.4.* each; give 0 to 0.333"):
+        interp.Inject([1, 2, 3, 3, -1], 0.45)
     with pytest.raises(ValueError, match="no logits to mix"):
         interp.edit(model, "soft_embed", interp.Mix(jnp.ones(D), 0.5, logits=True))

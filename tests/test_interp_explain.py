@@ -222,6 +222,12 @@ def test_explain_of_a_real_model(tiny, monkeypatch):
     assert np.shape(block["top_ids"]) == (3, 12, 8)
     assert explanation.data["prompt"]["text"] == "#2 #7 #8"  # a model alone has no tokenizer
     assert explanation.html().count("<script>") == 3 + len(PANELS)
+    (lens,) = [panel["data"] for panel in explanation.data["panels"] if panel["name"] == "lens"]
+    (read,) = lens["blocks"]
+    assert lens["layers"] == [0, 1, 2] and np.shape(read["top"]) == np.shape(read["final_probs"]) == (3, 3, 12)
+    assert [row[-1] for row in read["top"]] == block["argmax"]  # the last layer is the model
+    share = np.mean(np.equal(read["top"], block["committed"])[..., : max(1, block["answer_length"])], -1)
+    assert np.allclose(read["share"], share, atol=1e-3)
     valid = out.trajectory.valid.copy()
     valid[0, 0] = False
     later = dataclasses.replace(out, trajectory=dataclasses.replace(out.trajectory, valid=valid))

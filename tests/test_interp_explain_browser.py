@@ -4,6 +4,7 @@ Chromium is driven over its DevTools protocol; without a browser these tests are
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -449,6 +450,74 @@ def test_a_panel_of_ones_own(browser, tmp_path):
     assert browser.js(f"{body}.textContent") == "w0 1" and label(browser).startswith("step 1 /")
     assert browser.js("document.querySelector('#panel-mine h2').textContent") == "Mine <b>"
     assert browser.js("document.querySelector('#panel-bad .body').textContent") == "This panel failed: no data"
+
+
+def test_the_lens_shows_every_layer(browser, tmp_path):
+    """At the step and position chosen: the layers' tokens, colours by the final token's probability, shares by step."""
+    fake = fake_generation.bundle(WORDS, canvas_length=12)
+    run = fake_generation.generation(fake, [3, 4], [5, 6, 7, 8], steps=9, seed=5, max_denoising_steps=20)
+    n, final = int(run.trajectory.num_steps[0, 0]), run.trajectory.committed[0, 0].tolist()
+    top = [[[9 + 3 * i + 10 * layer] * 12 for layer in range(2)] for i in range(n)]
+    for row in top:
+        row[1][2] = final[2]
+    probs = [[[10 * layer + i] * 12 for layer in range(2)] for i in range(n)]
+    block = {"top": top, "top_probs": probs, "final_probs": probs, "share": [[i / n, None] for i in range(n)]}
+    words = {str(token): f"t{token}" for row in top for token in (row[0][0], row[1][0])}
+    made = {"method": "plain", "layers": [0, 7], "vocabulary": words, "blocks": [block]}
+    panels = [dataclasses.replace(p, data=lambda b, g: made) if p.name == "lens" else p for p in choose(None)]
+    drawn = [{"name": p.name, "title": p.title, "place": p.place, "data": p.data(fake, run)} for p in panels]
+    path, _ = Explanation(describe(fake, run, prompt="x") | {"panels": drawn}, tuple(panels)).save(tmp_path / "r.html")
+    browser.open(path)
+    slide(browser, 3)
+    browser.point("[data-map=lens]", click=True, across=4.5 / 12)
+    rows = browser.js(
+        "[...document.querySelectorAll('.lens-layers tbody tr')].map((r) => [...r.cells].map((c) => c.textContent))"
+    )
+    assert rows == [["7", "t25", "12%", "12%"], ["0", "t15", "2%", "2%"]] and state(browser)["position"] == 4
+    pixel = """((x, y) => { const map = document.querySelector('[data-map=lens] canvas');
+      const one = new OffscreenCanvas(1, 1).getContext('2d');
+      one.drawImage(map, Math.floor(x * map.width), Math.floor(y * map.height), 1, 1, 0, 0, 1, 1);
+      return [...one.getImageData(0, 0, 1, 1).data]; })"""
+    wanted = """((text) => { const one = new OffscreenCanvas(1, 1).getContext('2d');
+      one.fillStyle = text; one.fillRect(0, 0, 1, 1); return [...one.getImageData(0, 0, 1, 1).data]; })"""
+    assert browser.js(f"{pixel}(8.5 / 12, 0.75)") == browser.js(f"{wanted}(report.ramp(0.98))")
+    assert browser.js(f"{pixel}(8.5 / 12, 0.25)") == browser.js(f"{wanted}(report.ramp(0.88))")
+    assert browser.js(f"{pixel}(2.5 / 12, 0.25)") == browser.js(f"{wanted}(report.inkOn(0.88))")  # the dot
+    browser.point("[data-map=lens-share]", click=True, across=0.5 / n)
+    assert state(browser)["step"] == 1
+    slide(browser, 0)
+    assert "random start" in browser.js("document.querySelector('#panel-lens').textContent")
+    assert browser.complaints() == []
+
+
+def test_the_patch_map_shows_its_numbers(browser, tmp_path):
+    """Under the pointer and the arrow keys; the table is sorted by size; a step between two swept ones shows the one before."""
+    fake = fake_generation.bundle(WORDS, canvas_length=12)
+    run = fake_generation.generation(fake, [3, 4], [5, 6, 7, 8], steps=9, seed=5, max_denoising_steps=20)
+    made = {
+        "against": "other", "answer": HOSTILE, "steps": [1, 4], "layers": [0, 7], "differ": [1],
+        "places": {"prompt": [1], "canvas": [0, 1]}, "prompt_ids": [[4, 9]], "donor_ids": [5, 11],
+        "vocabulary": {"9": "nine", "11": "eleven"},
+        "recovery": {"prompt": [[[80], [3]], [[10], [2]]], "canvas": [[[0, -60], [1, 99]], [[0, 20], [1, 95]]]},
+    }  # fmt: skip
+    panels = [*choose(["canvas"]), Panel(name="patch", title="Patches", script="patch.js", data=lambda b, g: made)]
+    drawn = [{"name": p.name, "title": p.title, "place": p.place, "data": p.data(fake, run)} for p in panels]
+    path, _ = Explanation(describe(fake, run, prompt="x") | {"panels": drawn}, tuple(panels)).save(tmp_path / "r.html")
+    browser.open(path)
+    slide(browser, 3)
+    browser.point("[data-map=patch]", click=True, across=0.5 / 3, down=0.75)
+    told = "document.querySelector('#panel-patch .map-readout').textContent"
+    assert browser.js(told) == "step 1 · layer 0 · prompt token 1 ▁w1 (there nine) · 80%"
+    for key in ("ArrowRight", "ArrowRight"):
+        browser.js(
+            "document.querySelector('[data-map=patch]').dispatchEvent("
+            f"new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}}))"
+        )
+    assert "layer 0 · canvas position 1" in browser.js(told) and browser.js(told).endswith("(there eleven) · -60%")
+    shares = "[...document.querySelectorAll('.patch-places tbody tr')].map((r) => r.cells[2].textContent)"
+    assert browser.js(shares) == ["99%", "80%", "1%"]
+    slide(browser, 6)
+    assert browser.js(shares) == ["95%", "10%", "1%"] and browser.complaints() == []
 
 
 def test_without_candidates(browser, tmp_path):

@@ -36,10 +36,11 @@ ONLY_IN = {
     "huggingface_hub": r"dgemma_jax/weights/.*",
     "safetensors": r"dgemma_jax/weights/.*",
     "tokenizers": r"dgemma_jax/(text|train)/.*",
-    "optax": r"dgemma_jax/train/.*",
+    "optax": r"dgemma_jax/train/.*|interp/tuned_lens\.py",
     "jinja2": r"dgemma_jax/text/.*",
     "matplotlib": r"interp/.*",
-    "rich": r"dgemma_jax/((cli|train|bench)/.*|weights/progress\.py)",
+    "rich": r"dgemma_jax/((cli|train|bench)/.*|weights/progress\.py)|interp/progress\.py",
+    "scipy": r"interp/.*",
     "torch": r"",
     "transformers": r"",
 }

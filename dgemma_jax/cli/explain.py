@@ -25,6 +25,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
         metavar="PAGE",
         help="the page; its JSON lies beside it (report.html)",
     )
+    command.add_argument(
+        "--against",
+        metavar="PROMPT",
+        help="another prompt of as many tokens: adds a map of where patching its run into this one changes the answer",
+    )
     common.add_generation(command)
     command.set_defaults(run=run)
     return command
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         bundle = common.load(args)
         explanation = interp.explain(
             bundle, args.prompt, seed=args.seed, sampler=common.sampler(args, bundle),
-            max_new_tokens=args.max_new_tokens, progress=status.update,
+            max_new_tokens=args.max_new_tokens, against=args.against, progress=status.update,
         )  # fmt: skip
         saved, data = explanation.save(args.out)
     print(f"answer  {explanation.data['answer']['text']}")

@@ -1,0 +1,293 @@
+"""Activation patching at every place of a run: [step, layer, position], heads, experts and carriers.
+
+A chunk of n interventions on P pairs of prompts is one compiled step of n * P rows. Every intervention starts from
+the recipient's own moment at its step, under the recipient's keys; effects are differences to a row of the same batch
+that takes nothing. Terms: Zhang and Nanda, arXiv 2309.16042 (denoising, noising, resampling); places by step and
+carrier are what a diffusion model adds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import dgemma_jax as dg
+from dgemma_jax.config import SamplerConfig
+from dgemma_jax.diffusion import prompts as inputs
+from dgemma_jax.diffusion.generate import prefill_prompts
+from dgemma_jax.diffusion.moment import Moment
+from dgemma_jax.diffusion.sampler import State, denoise_step
+from dgemma_jax.nn.cache import KVCache
+from dgemma_jax.nn.functional import of
+from interp import donors, kept_chunks, progress
+from interp.effect_maps import EffectMap
+from interp.gates import table
+from interp.metrics import Metric
+from interp.places import Change, Target, change, changed, edited, targets
+from interp.rows import as_data, measured, repeated, that_fit
+from interp.sweep_inputs import Run, check_metric, chosen, pairs, steps_of
+
+DIRECTIONS, EFFECTS = ("denoising", "noising"), ("step", "text")
+
+
+def patch_sweep(
+    bundle: Any, clean: Any, corrupt: Any, metric: Metric, sites: str | Sequence[str], steps: Any = None,
+    positions: Any = None, *, prompt_positions: Any = None, over: str | Sequence[str] = ("position",),
+    phase: str = "denoise", direction: str = "denoising", source: str = "donor", effect: str = "step",
+    seed: int | Sequence[int] = 0, sampler: SamplerConfig | None = None, max_new_tokens: int | None = None,
+    noise_seeds: Sequence[int] = (), source_seed: int = 0, rows_at_once: int | None = None,
+    directory: str | Path | None = None, show_progress: bool | None = None,
+) -> EffectMap:  # fmt: skip
+    """The effect of patching every place by itself, at every step by itself.
+
+    >>> import dgemma_jax as dg, interp
+    >>> model = dg.nn.transformer.initialize(dg.ModelConfig.tiny())
+    >>> metric = interp.LogitDifference(positions=2, tokens=7, others=8)
+    >>> sampler = dg.SamplerConfig(max_denoising_steps=2, early_stop=False)
+    >>> found = interp.patch_sweep(model, [5, 6], [5, 9], metric, "layers.*.resid_post", sampler=sampler)
+    >>> found["layers.*.resid_post"].shape  # steps, layers, positions, pairs
+    (2, 3, 12, 1)
+
+    Args:
+        bundle: a bundle or a model, edited or not.
+        clean, corrupt: P prompts each, as for `dg.generate`; pairs of equally many tokens. `corrupt` may be None where
+            the source is no donor: places of the clean run are then knocked out.
+        metric: of one step, logits [P, C, V] -> [P] (see `interp.metrics`); of generated tokens [P, n] -> [P] if
+            `effect` is "text".
+        sites: patterns as for `interp.at`, and carriers: "canvas" (tokens fed into a step), "soft" (S fed into it),
+            "cache" (keys and values of the prompt).
+        steps: an integer, slice, list or mask; None for those that all runs took.
+        positions: on the canvas; None for all.
+        prompt_positions: of the prompt, for "cache" and `phase="prefill"`; None for all.
+        over: along which axes places lie, beside layers, where a site has them: "position", "head", "expert". The
+            chosen positions are patched together if they are not among them.
+        phase: "prefill" sweeps sites of the pass over the prompt; steps then read the patched cache.
+        direction: "denoising" puts clean values into the corrupt run, "noising" the other way round.
+        source: what is put there: the "donor" run's own value; "zero"; the "mean" of the donor runs over pairs and
+            positions; "resample", the value of another pair's donor; "renoise", random tokens ("canvas",
+            "canvas_embed", and "token_embed" in prefill).
+        effect: "step" measures the patched step; "text" goes on to the end, the later steps unpatched, except that a
+            changed cache stays changed.
+        seed: one, or one a pair; donors share it.
+        sampler, max_new_tokens: as for `dg.generate`; by default one block. Places are in the first block.
+        noise_seeds: other seeds of the unpatched run; the spread of its metric over them is the noise floor.
+        source_seed: of "resample" and "renoise".
+        rows_at_once: rows of one compiled step; by default what fits the memory.
+        directory: where finished chunks are kept; the same call made again goes on after them.
+        show_progress: a bar; by default on a terminal.
+
+    Raises:
+        ValueError: prompts that do not pair, sites or steps that do not exist, a source that a site cannot have.
+    """
+    model, tokenizer, default = inputs.parts(bundle)
+    sampler, canvas = default if sampler is None else sampler, model.config.canvas_length
+    for name, value, known in (("direction", direction, DIRECTIONS), ("effect", effect, EFFECTS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    length = canvas if max_new_tokens is None else max_new_tokens
+    goals = targets(model, sites, phase, over)
+    ids = pairs(clean, corrupt, source, tokenizer, model.config.vocab_size)
+    donors.check(source, goals, len(ids[0]))
+    ids = ids if direction == "noising" or corrupt is None else ids[::-1]  # of the recipients, of the donors
+    table(steps, sampler.max_denoising_steps, "steps")
+    index = {
+        "T": chosen(positions, canvas, "positions"),
+        "P": chosen(prompt_positions, max(map(len, ids[0])), "prompt positions"),
+    }
+    check_metric(metric, effect, len(ids[0]), (canvas, model.config.vocab_size), -(-length // canvas) * canvas)
+
+    begin = functools.partial(Run.of, bundle, sampler=sampler, max_new_tokens=length)
+    seeds = inputs.to_seeds(seed, len(ids[0]))
+    recipient = begin(ids[0], seeds)
+    donor = recipient if corrupt is None else begin(ids[1], seeds)
+    numbers = steps_of(steps, sampler, recipient, donor)
+    work = _Work(bundle, recipient, donor, metric, effect, source, source_seed, numbers, index, rows_at_once)
+
+    store = kept_chunks.Chunks(
+        directory, bundle, ids, seeds, sampler, goals, numbers, index, direction, source, effect, length, source_seed,
+        kept_chunks.words(metric),
+    )  # fmt: skip
+    effects: dict[str, np.ndarray] = {}
+    indices: dict[str, dict[str, list[int]]] = {}
+    with progress.bar("patching", sum(work.calls(goal) for goal in goals), show_progress) as done:
+        for number, goal in enumerate(goals):
+            found, base = work.sweep(goal, functools.partial(store.kept, number), done)
+            own = {"R": list(numbers)} | work.numbers(goal)
+            if goal.layers:  # layers of other shapes are other targets
+                own["L"] = sorted(layer for other in goals if other.name == goal.name for layer in other.layers)
+            whole = effects.setdefault(goal.name, np.zeros((*(len(v) for v in own.values()), len(seeds)), np.float32))
+            at = [own["L"].index(layer) for layer in goal.layers] if goal.layers else slice(None)
+            whole[:, at] = found.reshape(whole[:, at].shape)
+            indices[goal.name] = own
+    goal = goals[0]
+    token = (lambda i: str(i)) if tokenizer is None else tokenizer.token
+    return EffectMap(
+        effects=effects,
+        axes={name: "".join(own) + "B" for name, own in indices.items()},
+        index=indices,
+        base=base,
+        donor=None if corrupt is None else work.plain(goal, donor),
+        noise=_noise([work.plain(goal, begin(ids[0], [s] * len(seeds))) for s in noise_seeds]),
+        method=f"patch ({direction}, {source}, {effect})",
+        labels={"P": [token(i) for i in ids[0][0]]},
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A sweep about to run."""
+
+    bundle: Any
+    recipient: Run
+    donor: Run
+    metric: Metric
+    effect: str
+    source: str
+    seed: int
+    steps: tuple[int, ...]
+    index: dict[str, list[int]]
+    rows_at_once: int | None
+
+    @property
+    def pairs(self) -> int:
+        return len(self.recipient.ids)
+
+    def numbers(self, goal: Target) -> dict[str, list[int]]:
+        """The numbers along each axis of the places of a target."""
+        sizes = self._sizes(goal)
+        return {a: list(goal.layers) if a == "L" else self.index.get(a) or list(range(sizes[a])) for a in goal.shown}
+
+    def _sizes(self, goal: Target) -> dict[str, int]:
+        config = of(self.bundle).config
+        heads = config.kv_heads(goal.layers[0]) if goal.layers else 0
+        prompt = max(map(len, self.recipient.ids))
+        length = prompt if goal.kind in ("prompt", "cache") else config.canvas_length
+        return {"T": length, "P": length, "N": config.num_heads, "K": heads, "E": config.num_experts}
+
+    def chunks(self, goal: Target) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Places, and whether each is one: the first of all stands for no change, and so does what fills the last."""
+        places = goal.places(self.numbers(goal))
+        places = np.concatenate([places[:1], places])
+        acts = np.arange(len(places)) > 0
+        most = that_fit(self.bundle, self.recipient, self.pairs, self.rows_at_once)
+        size = math.ceil(len(places) / math.ceil(len(places) / most))  # chunks of about equal size
+        fill = -len(places) % size
+        places, acts = np.pad(places, [(0, fill), (0, 0)], "edge"), np.pad(acts, (0, fill))
+        return [(places[i : i + size], acts[i : i + size]) for i in range(0, len(places), size)]
+
+    def calls(self, goal: Target) -> int:
+        """Compiled steps needed."""
+        return len(self.chunks(goal)) * len(self.steps)
+
+    def sweep(self, goal: Target, kept: Callable, done: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
+        """Effects [R, places, P], and the metric [R, P] without a change."""
+        chunks, count = self.chunks(goal), len(goal.places(self.numbers(goal)))
+        size = len(chunks[0][0])
+        given = functools.lru_cache(1)(lambda step: self._given(goal, step))
+        rows = functools.lru_cache(1)(lambda step: rows_of(self.recipient.at(step), size))
+        prompt = functools.lru_cache(1)(lambda chunk: self._prefilled(goal, chunks[chunk], given(0)))
+
+        def one(step: int, chunk: int) -> np.ndarray:
+            if goal.kind == "prompt":
+                return self._measure(rows(step).replace(cache=prompt(chunk)))
+            return self._measure(rows(step), goal, self._change(goal, chunks[chunk], given(step)))
+
+        jobs = [(r, c) for r in self.steps for c in range(len(chunks))]
+        if goal.kind == "prompt":
+            jobs.sort(key=lambda job: job[1])  # the prompt is run once for all steps
+        values = {}
+        for r, c in jobs:
+            values[r, c] = kept(f"{r}-{c}", functools.partial(one, r, c))
+            done(1)
+        found = np.stack([np.concatenate([values[r, c] for c in range(len(chunks))]) for r in self.steps])
+        base_RB = found[:, 0]
+        return found[:, 1 : count + 1] - base_RB[:, None], base_RB
+
+    def _given(self, goal: Target, step: int) -> Any:
+        """What is put in place, of every pair."""
+        moment = self.donor.at(step)
+        return donors.put(self.source, goal, donors.seen(self.bundle, goal, moment), moment, self.bundle, self.seed)
+
+    def _change(self, goal: Target, chunk: tuple[np.ndarray, np.ndarray], given: Any) -> Change:
+        sizes = self._sizes(goal)
+        whole = np.zeros(sizes["T"], bool)
+        whole[self.index["P" if goal.kind in ("prompt", "cache") else "T"]] = True
+        return change(goal, *chunk, given, sizes, whole)
+
+    def _prefilled(self, goal: Target, chunk: tuple[np.ndarray, np.ndarray], given: Any) -> KVCache:
+        """The cache [n * P, ...] after a patched pass over the prompts."""
+        model = edited(goal, self._change(goal, chunk, given), of(self.bundle))
+        return prefill_prompts(model, self.recipient.ids * len(chunk[0]), self.recipient.moment.num_blocks)
+
+    def _measure(self, moment: Moment, goal: Target | None = None, own: Change | None = None) -> np.ndarray:
+        """[n, P] the metric of the step that follows a moment of n * P rows, or of the text."""
+        args = (of(self.bundle), moment.state, moment.cache, moment.sampler, moment.pinned, own)
+        if self.effect == "step":
+            return np.asarray(_metric(*args, as_data(self.metric), goal=goal, pairs=self.pairs), np.float32)
+        state, cache = _next(*args, goal=goal)
+        out = dg.resume(self.bundle, moment.replace(state=state, cache=cache), record=dg.Record.nothing())
+        return self._of_text(out.tokens)
+
+    def _of_text(self, tokens: np.ndarray) -> np.ndarray:
+        """[n, P] of generated tokens [n * P, .]."""
+        width = self.recipient.moment.num_blocks * of(self.bundle).config.canvas_length
+        pad = self.recipient.moment.sampler.pad_token_id
+        wide = np.pad(tokens, [(0, 0), (0, width - tokens.shape[1])], constant_values=pad)
+        parts = np.split(wide, len(wide) // self.pairs)
+        return np.stack([np.asarray(self.metric(part), np.float32) for part in parts])
+
+    def plain(self, goal: Target, run: Run) -> np.ndarray:
+        """[R, P] the metric of an unpatched run, by the program that patches; rows that ended count as at their end."""
+        if self.effect == "text":
+            return np.repeat(self._of_text(run.out.tokens), len(self.steps), 0)
+        places, _ = self.chunks(goal)[0]
+        still = None
+        if goal.kind != "prompt":
+            still = self._change(goal, (places, np.zeros(len(places), bool)), self._given(goal, self.steps[0]))
+        args = () if still is None else (goal, still)
+        return np.stack([self._measure(rows_of(run.at(step), len(places)), *args)[0] for step in self.steps])
+
+
+@functools.partial(jax.jit, static_argnames=("goal", "pairs"))
+def _metric(model, state, cache, sampler, pinned, own, metric, *, goal, pairs) -> jax.Array:
+    """[n, P] the metric of a patched step of n * P rows."""
+    logits = _stepped(model, state, cache, sampler, pinned, own, goal)[1].logits
+    return measured(metric, logits, logits.shape[0] // pairs)
+
+
+@functools.partial(jax.jit, static_argnames="goal")
+def _next(model, state, cache, sampler, pinned, own, *, goal) -> tuple[State, KVCache]:
+    """The state after a patched step; and the cache, changed if that is what was patched."""
+    state, _, cache = _stepped(model, state, cache, sampler, pinned, own, goal)
+    return state, cache
+
+
+def _stepped(model, state, cache, sampler, pinned, own, goal):
+    if goal is not None:
+        model, state, cache = changed(goal, own, model, state, cache)
+    return *denoise_step(model, state, cache, sampler, pinned), cache
+
+
+def rows_of(moment: Moment, count: int) -> Moment:
+    """The moment with all its rows `count` times over."""
+    device = ("state", "cache", "pinned")
+    rows = _repeated({name: getattr(moment, name) for name in device}, count=count)
+    rows |= {n: np.concatenate([getattr(moment, n)] * count) for n in ("history", "ended", "spent")}
+    return dataclasses.replace(moment, prompts=moment.prompts * count, **rows)
+
+
+_repeated = jax.jit(repeated, static_argnames="count")
+
+
+def _noise(found: list[np.ndarray]) -> np.ndarray | None:
+    """[R, P] spread over seeds."""
+    return None if not found else np.std(np.stack(found), 0, ddof=1 if len(found) > 1 else 0)
+
+

@@ -1,0 +1,69 @@
+"""Metrics equal numpy, take numbers a row, are data to compiled functions, and refuse what they cannot measure."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracles import softmax
+
+import interp
+
+B, C, V = 2, 4, 9
+LOGITS = np.random.default_rng(0).normal(size=(B, C, V)).astype(np.float32) * 3
+LOGP = np.log(softmax(LOGITS.astype(np.float64)))
+
+
+def test_they_equal_numpy():
+    expected = LOGP[:, 1, 3] + LOGP[:, 2, 5]
+    np.testing.assert_allclose(interp.LogProb([1, 2], [3, 5])(LOGITS), expected, rtol=1e-5)
+    np.testing.assert_allclose(interp.answer([3, 5], start=1)(LOGITS), expected, rtol=1e-5)
+    difference = LOGITS[:, 1, 3] - LOGITS[:, 1, 4]
+    np.testing.assert_allclose(interp.LogitDifference(1, 3, 4)(LOGITS), difference, rtol=1e-5)
+    other = LOGITS[::-1]
+    p, q = LOGP[::-1], LOGP
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    np.testing.assert_allclose(interp.Divergence(other)(LOGITS), kl.mean(-1), rtol=1e-4)
+    np.testing.assert_allclose(interp.Divergence(other, [0, 3])(LOGITS), kl[:, [0, 3]].mean(-1), rtol=1e-4)
+    inside, outside = np.exp(LOGP[:, 0, [1, 2]]).sum(-1), np.exp(LOGP[:, 0, [5, 6, 7]]).sum(-1)
+    found = interp.SetLogProb(0, [1, 2], [5, 6, 7])(LOGITS)
+    np.testing.assert_allclose(found, np.log(inside / outside), rtol=1e-4)
+    np.testing.assert_allclose(interp.SetLogProb(0, [1, 2])(LOGITS), np.log(inside / (1 - inside)), rtol=1e-4)
+    tokens = np.array([[4, 5, 6, 7], [4, 8, 8, 8]])
+    np.testing.assert_allclose(interp.Says([0, 1], [4, 5])(tokens), [1, 0.5])
+
+
+def test_a_run_does_not_diverge_from_itself():
+    np.testing.assert_array_equal(interp.Divergence(LOGITS)(LOGITS), 0)
+
+
+def test_numbers_may_be_given_a_row():
+    both = interp.LogProb([[1, 2], [0, 3]], [[3, 5], [7, 7]])(LOGITS)
+    np.testing.assert_allclose(both, [LOGP[0, 1, 3] + LOGP[0, 2, 5], LOGP[1, 0, 7] + LOGP[1, 3, 7]], rtol=1e-5)
+    found = interp.LogitDifference([[1], [2]], [[3], [4]], 0)(LOGITS)
+    np.testing.assert_allclose(found, [LOGITS[0, 1, 3] - LOGITS[0, 1, 0], LOGITS[1, 2, 4] - LOGITS[1, 2, 0]], rtol=1e-5)
+
+
+def test_their_numbers_are_data():
+    @jax.jit
+    @chex.assert_max_traces(1)
+    def measured(metric, logits):
+        return metric(logits)
+
+    for token in (1, 2, 3):
+        np.testing.assert_allclose(measured(interp.LogProb(0, token), LOGITS), LOGP[:, 0, token], rtol=1e-5)
+    assert jnp.isfinite(jax.grad(lambda x: interp.LogitDifference(0, 1, 2)(x).sum())(LOGITS)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: interp.LogProb(0.5, [1]), "positions must be integers"),
+        (lambda: interp.LogProb([0], [1.5]), "tokens must be integers"),
+        (lambda: interp.LogProb([-1], [1]), "positions has -1; they count from 0"),
+        (lambda: interp.answer([[1, 2], [3]]), "of equal number a row|inhomogeneous"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
