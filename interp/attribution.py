@@ -7,7 +7,8 @@ m is the metric of a step, a an activation of the run that is changed. Plain: Na
 inputs (EAP-IG, Hanna et al. 2403.17806) or through the activations themselves, a site at a time. Queries and keys go
 through the exact softmax (AtP*, see `interp.softmax_patches`). How good an estimate is differs from model to model and
 from site to site: correlate it with `interp.patch_sweep` at places of your own. Where the router comes to choose other
-experts the metric jumps, and no gradient sees it.
+experts the metric jumps, and no gradient sees it. Gradients pass the model in its own dtype; differences, products and
+sums are float32.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def _inputs(phase: str) -> tuple[str, ...]:
 
 
 def _plan(goals: Sequence[Target], phase: str, form: str, path: str, points: int) -> dict[str, Any]:
-    """How many "points" there are; by name [n] "scale", how far it is moved there, and "weight", what its gradient counts.
+    """How many "points" there are; by name [n] "scale", how far it is moved there, "weight", what its gradient counts.
 
     n is larger than the number of points, so that all forms and numbers of points share a program.
     """

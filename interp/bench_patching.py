@@ -232,13 +232,14 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m interp.bench_patching", description=__doc__.split("\n")[0])
     parser.add_argument("--mid", action="store_true", help="a larger random model instead of nano")
+    parser.add_argument("--steps", type=int, default=4, help="denoising steps of nano's sweep (4)")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each (3)")
     parser.add_argument("--threads", type=int, default=2, help="processors for either side (2)")
     parser.add_argument("--save", action="store_true", help="keep the numbers beside those of dgemma_jax.bench")
     args = parser.parse_args(argv)
     report.keep_threads(args.threads)
     name = "mid" if args.mid else "nano"
-    found = compare(mid() if args.mid else nano(), name, args.runs, args.threads)
+    found = compare(mid() if args.mid else nano(args.steps), name, args.runs, args.threads)
     print(found, rates(found), sep="\n\n")
     if args.save:
         path = report.RESULTS / f"patching-{name}-cpu-{found.about['date']}.json"

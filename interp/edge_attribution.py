@@ -70,12 +70,12 @@ def edge_attribution_patching(
     kept = 0 if rows_at_once else kept_bytes(model, pairs, _INPUTS, "denoise") + stacks
     most = that_fit(model, pairs.run, pairs.count, rows_at_once, kept)
     size = math.ceil(count / math.ceil(count / most))
+    given = (pairs.run.sampler, as_data(metric), chosen_T, padded(alphas), np.int32(len(alphas)))
     parts = []
     with progress.bar("edges", count, show_progress, "steps") as done:
         for first in range(0, count, size):
             places = [min(place, count - 1) for place in range(first, first + size)]  # the last repeated: one program
-            sides, given = pairs.at(places), (pairs.run.sampler, as_data(metric), chosen_T, padded(alphas), np.int32(len(alphas)))
-            part = jax.device_get(_estimate(model, *sides, *given, heads=heads, pairs=pairs.count))
+            part = jax.device_get(_estimate(model, *pairs.at(places), *given, heads=heads, pairs=pairs.count))
             parts.append([array[: count - first] for array in part])
             done(min(size, count - first))
     base, of_donor, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -14,7 +14,7 @@ from interp.softmax_patches import key_effects, query_effects
 
 C, STEPS, POINTS = 5, 2, 48
 SAMPLER = dg.SamplerConfig(max_denoising_steps=STEPS, eos_token_ids=(1,), early_stop=False)
-CLEAN, CORRUPT = [[7, 8, 9, 10], [11, 12, 13]], [[7, 20, 9, 10], [11, 21, 22]]
+CLEAN, CORRUPT = [[7, 8, 9, 10], [11, 12, 13]], [[7, 20, 9, 24], [11, 21, 22]]
 METRIC = LogitDifference(positions=[[1], [2]], tokens=[[3], [4]], others=[[5], [6]])
 INPUTS = ["cache", "canvas_embed", "soft"]
 OWN = ["resid_post", "attn_z", "attn_q", "attn_k", "moe_out", "router_probs"]
@@ -79,7 +79,8 @@ def test_shapes_and_numbers(model, whole):
     assert shapes["layers.*.router_probs"] == (STEPS, 2, C, 2)  # experts are summed
     assert shapes["canvas_embed"] == shapes["soft"] == (STEPS, C, 2) and shapes["cache"] == (STEPS, 2, 4, 2, 2)
     assert not whole["cache"][:, :, 3, :, 1].any() and whole["cache"][:, 1, 2, :, 1].all()  # three tokens, not four
-    assert not whole["cache"][:, 0, 0, :, 0].any()  # the window of three has left the first of four
+    sliding = whole["cache"][:, 0, :, :, 0]  # four tokens in a ring of three: the last has the slot of the first
+    assert not sliding[:, 0].any() and sliding[:, 3].all()
     some = attribute(model, positions=[0, 3], prompt_positions=[1])
     assert some.index["layers.*.attn_z"]["T"] == [0, 3] and some.index["cache"]["P"] == [1]
     np.testing.assert_array_equal(some["layers.*.attn_z"], whole["layers.*.attn_z"][:, :, [0, 3]])

@@ -85,6 +85,8 @@ def test_one_step_or_all_that_follow(model, runs, pair):
     np.testing.assert_array_equal(followed.finished.tokens, runs[1].tokens)
     once = interp.patch(model, recipient, donor, LAST)
     assert (once.finished.tokens != runs[1].tokens).any()
+    after = once.finished.trajectory.moment(0, 2)
+    np.testing.assert_array_equal(once.finished.tokens, dg.resume(model, after).tokens)
 
     def equal(tokens):
         return (tokens == runs[1].tokens).mean(-1)

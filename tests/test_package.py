@@ -200,7 +200,8 @@ def test_the_wheel(tmp_path):
 
 
 def readme_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    return [text for own, text in blocks if own == language]
 
 
 def test_the_readme_starts_with_two_commands():
