@@ -8,7 +8,8 @@ import dgemma_jax as dg
 from dgemma_jax.train import evaluate, tasks
 from dgemma_jax.weights import registry
 
-pytestmark = pytest.mark.parity
+# torch warns of itself when its compiler is first imported, as `generate` does.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = 200
 ROWS = 20  # at a time: a batch goes on until its slowest row has settled
 
@@ -19,6 +20,7 @@ def peer_share(directory, tokenizer, examples) -> float:
     transformers = pytest.importorskip("transformers")
     model = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(directory, dtype=torch.float32).eval()
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # small products, beside other test processes
     right = 0
     for at in range(0, len(examples), ROWS):
         part = examples[at : at + ROWS]
