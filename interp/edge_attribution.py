@@ -186,7 +186,7 @@ def _pulled_back(model: Any, i: int, seen: dict, gradient: dict, side: Side) -> 
     positions = side.steps.cache.length[:, None] + jnp.arange(before.shape[1])
     form = "dense" if is_open(layer.router.weights) else model.moe
 
-    out, project = jax.vjp(lambda x: layer.attention._project(layer.input_norm(x), positions), before)
+    out, project = jax.vjp(lambda x: layer.attention.project(layer.input_norm(x), positions), before)
     none = [jnp.zeros_like(x) for x in out]
     found = []
     for place, name in enumerate(("attn_q", "attn_k", "attn_v")):

@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         Returns:
             Output [B, T, D], and the keys and values [B, T, K, H] of this call.
         """
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, positions_BT)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT)
         k_BKSH = jnp.concatenate([cache.k, k_BTKH.swapaxes(1, 2).astype(cache.k.dtype)], 2)
         v_BKSH = jnp.concatenate([cache.v, v_BTKH.swapaxes(1, 2).astype(cache.v.dtype)], 2)
         batch, length, heads, size = q_BTNH.shape
@@ -68,7 +68,8 @@ class Attention(nnx.Module):
         out_BTD = jnp.einsum("btnh,dnh->btd", self.site_z(z_BTNH), self.o[...])
         return self.site_out(out_BTD), k_BTKH, v_BTKH
 
-    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H] of normed input [B, T, D]; queries and keys rotated."""
         frequencies = rope.inverse_frequencies(self.q.shape[1], *self.rope)
         q_BTNH = jnp.einsum("btd,nhd->btnh", x_BTD, self.q[...])
         raw_BTKH = jnp.einsum("btd,khd->btkh", x_BTD, self.k[...])
