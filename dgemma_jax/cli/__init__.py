@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import dgemma_jax
-from dgemma_jax.cli import bench, bottleneck, convert, explain, generate, info, train
+from dgemma_jax.cli import bench, bottleneck, convert, depth, explain, generate, info, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dgemma", description="DiffusionGemma in JAX, with its inside open.")
     top.add_argument("--version", action=_Version)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (explain, generate, bottleneck, info, convert, train, bench):
+    for module in (explain, generate, bottleneck, depth, info, convert, train, bench):
         command = module.add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top

@@ -1,0 +1,1 @@
+"""In which order a canvas is written, and the phenomena of it, each with a number and a null of its own."""
