@@ -13,7 +13,7 @@ import numpy as np
 
 from dgemma_jax import weights
 from dgemma_jax.config import ModelConfig, SamplerConfig
-from dgemma_jax.nn import transformer
+from dgemma_jax.nn import quantized, transformer
 from dgemma_jax.weights import finite, hf, hub, orbax, problems, registry, settings, sharding
 from dgemma_jax.weights import tree as trees
 
@@ -50,6 +50,10 @@ class Bundle:
         """The same bundle with another sampler, or some of its options changed."""
         return dataclasses.replace(self, sampler=(sampler or self.sampler).replace(**changes))
 
+    def quantized(self, form: str) -> Bundle:
+        """The same bundle with its large weights in "int8", "int4" or "fp8"; see `nn.quantized`."""
+        return self.with_model(quantized.quantized(self.model, form))
+
     def check_finite(self) -> Bundle:
         """This bundle, if all weights are finite; looks once at each model object.
 
@@ -59,7 +63,7 @@ class Bundle:
         if id(self.model) in _FINITE and _FINITE[id(self.model)]() is self.model:
             return self
         found = trees.leaves(self.model)
-        floats = {p: x for p, x in found.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+        floats = {p: x for p, x in found.items() if jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize > 1}
         good = jax.device_get(_all_finite(list(floats.values())))
         bad = [trees.dotted(path) for path, fine in zip(floats, good, strict=True) if not fine]
         if bad:
@@ -83,6 +87,7 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     *,
+    quantize: str | None = None,
     revision: str | None = None,
     config: ModelConfig | None = None,
     check_finite: bool = True,
@@ -97,6 +102,7 @@ def load(
             Google's), or a hub id, which is downloaded once.
         dtype: "bfloat16", "float32" or "float16"; None keeps what is stored.
         mesh: spreads the weights over its axes, any of "data", "expert" and "tensor".
+        quantize: "int8", "int4" or "fp8" packs the large weights as they are read; computed is in `dtype`.
         revision: commit, tag or branch of a hub id; known models are pinned.
         config: for a directory without `config.json` (Google's Orbax tree), or instead of it.
         check_finite: refuse infinities and NaNs.
@@ -106,20 +112,29 @@ def load(
         ValueError: nothing is found there, or it does not fit; the message lists all that is wrong.
     """
     wanted = None if dtype is None else float_dtype(dtype)
+    quantized.check_form(quantize)
     directory = locate(source, revision)
     if mesh is not None:
         sharding.check(mesh)
     is_orbax = orbax.root(directory) is not None
     config = config or (orbax if is_orbax else settings).read_config(directory)
+    packed = settings.read_packed(directory)
+    if packed and quantize not in (None, packed["form"]):
+        raise ValueError(f"{directory} holds weights in {packed['form']}; load them as they are, without {quantize!r}")
+    if wanted is None and packed:
+        wanted = float_dtype(packed["dtype"])
     if wanted is None:
         wanted = orbax.stored_dtype(directory) if is_orbax else hf.stored_dtype(hf.find(directory))
     target = transformer.abstract(config, wanted)
+    if packed:
+        target = quantized.quantized(target, packed["form"])
     model = (weights.load_orbax if is_orbax else weights.load_hf)(
         directory,
         target,
         shardings=None if mesh is None else sharding.shardings(target, mesh),
         check_finite=check_finite,
         progress_bar=progress,
+        packer=quantized.Packer(quantize) if quantize and not packed else None,
     )
     return Bundle(
         config=config,
@@ -172,19 +187,28 @@ def save(bundle: Bundle, directory: str | Path, format: str = "hf", **options: A
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    form = quantized.packed_form(bundle.model)
     if format == "orbax":
-        weights.save_orbax(directory, bundle.model, bundle.config, bundle.sampler, bundle.tokenizer, **options)
+        packed = {"form": form, "dtype": str(bundle.model.dtype)} if form else None
+        weights.save_orbax(
+            directory, bundle.model, bundle.config, bundle.sampler, bundle.tokenizer, packed=packed, **options
+        )
         return
+    if form:
+        raise ValueError(f"the model's weights are in {form}, which format 'hf' has no names for; use format='orbax'")
     if "vision_from" not in options and bundle.config.vision is not None and _has_tower(bundle.source):
         options["vision_from"] = bundle.source
     weights.save_hf(directory, bundle.model, bundle.config, bundle.sampler, bundle.tokenizer, **options)
 
 
 def convert(
-    source: str | Path, destination: str | Path, *, format: str = "hf", dtype: Any = None, **options: Any
-) -> None:
-    """Write the checkpoint at `source` in another format or dtype."""
-    save(load(source, dtype=dtype), destination, format, **options)
+    source: str | Path, destination: str | Path, *, format: str = "hf", dtype: Any = None,
+    quantize: str | None = None, **options: Any,
+) -> None:  # fmt: skip
+    """Write the checkpoint at `source` in another format or dtype, or with its weights in few bits (Orbax only)."""
+    if quantize is not None and format != "orbax":
+        raise ValueError(f"weights in few bits are written in format 'orbax' only, got {format!r}")
+    save(load(source, dtype=dtype, quantize=quantize), destination, format, **options)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:

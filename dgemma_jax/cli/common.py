@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from dgemma_jax.bundle import Bundle
     from dgemma_jax.config import SamplerConfig
 
+FORMS = ("int8", "int4", "fp8")  # of `nn.packed`, which would import JAX
+
 
 def add_generation(command: argparse.ArgumentParser) -> None:
     """The options that say what generates, and how."""
@@ -19,6 +21,7 @@ def add_generation(command: argparse.ArgumentParser) -> None:
         "--model", default="nano", metavar="M", help="an embedded model, a checkpoint directory or a hub id (nano)"
     )
     command.add_argument("--dtype", help="bfloat16, float32 or float16; by default as stored")
+    command.add_argument("--quantize", choices=FORMS, help="pack the large weights as they are read")
     command.add_argument("--seed", type=int, default=0, help="equal seeds give equal answers (0)")
     command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most this many tokens (256)")
     command.add_argument("--steps", type=int, metavar="N", help="at most this many denoising steps a block")
@@ -29,7 +32,7 @@ def load(args: argparse.Namespace) -> Bundle:
     from dgemma_jax.bundle import load
 
     keep_compiled_programs()
-    return load(args.model, dtype=args.dtype)
+    return load(args.model, dtype=args.dtype, quantize=args.quantize)
 
 
 def sampler(args: argparse.Namespace, bundle: Bundle) -> SamplerConfig:

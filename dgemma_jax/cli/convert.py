@@ -1,10 +1,12 @@
-"""`dgemma convert`: a checkpoint in another format or dtype."""
+"""`dgemma convert`: a checkpoint in another format, dtype or number of bits."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from typing import Any
+
+from dgemma_jax.cli import common
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -17,6 +19,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("dest", help="the directory to write")
     command.add_argument("--format", choices=("hf", "orbax"), default="hf", help="layout of the new one (hf)")
     command.add_argument("--dtype", help="bfloat16, float32 or float16; by default as stored")
+    command.add_argument("--quantize", choices=common.FORMS, help="weights in few bits (orbax only)")
     command.set_defaults(run=run)
     return command
 
@@ -24,5 +27,5 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     from dgemma_jax.bundle import convert
 
-    convert(args.source, args.dest, format=args.format, dtype=args.dtype)
+    convert(args.source, args.dest, format=args.format, dtype=args.dtype, quantize=args.quantize)
     print(f"wrote {args.dest}", file=sys.stderr)

@@ -88,14 +88,14 @@ def describe(name: str, config: ModelConfig) -> dict[str, Any]:
             **memory.parameters(config),
         },
         "bytes": {
-            "weights": {dtype: size * config.num_parameters for dtype, size in memory.BYTES.items()},
+            "weights": {kind: memory.weight_bytes(config, kind) for kind in (*memory.DTYPES, *memory.FORMS)},
             "cache_per_token": memory.cache_bytes_per_token(config),
             "cache": {name: memory.cache_bytes(config, tokens) for name, tokens in contexts.items()},
             "logits": memory.logits_bytes(config),
         },
         "devices": {
             "tokens": smallest,
-            **{dtype: memory.devices_needed(config, dtype, smallest) for dtype in ("bfloat16", "int8")},
+            **{dtype: memory.devices_needed(config, dtype, smallest) for dtype in ("bfloat16", *memory.FORMS)},
         },
     }
 
@@ -129,7 +129,7 @@ def lines(facts: dict[str, Any]) -> Iterable[str]:
     )
     yield ""
     devices = dict(facts["devices"])
-    yield f"devices that hold one row of {devices.pop('tokens'):,} tokens (calculated; int8 cannot be loaded yet)"
+    yield f"devices that hold one row of {devices.pop('tokens'):,} tokens (calculated)"
     names = devices["bfloat16"]
     yield from table([("", *devices), *((name, *(str(devices[dtype][name]) for dtype in devices)) for name in names)])
 

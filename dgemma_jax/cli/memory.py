@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from dgemma_jax.config import ModelConfig
-from dgemma_jax.nn import cache, transformer
+from dgemma_jax.nn import cache, quantized, transformer
+from dgemma_jax.nn.packed import FORMATS
 from dgemma_jax.weights import tree
 
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+DTYPES = ("float32", "bfloat16")
+FORMS = tuple(FORMATS)  # weights in few bits, beside bfloat16
 CONTEXTS = {"4k": 4096, "32k": 32_768, "256k": 262_144}
 # Memory of one device in GB of 1e9 bytes, as sold.
 DEVICES = {
@@ -54,6 +56,16 @@ def active_parameters(config: ModelConfig) -> int:
     return config.num_parameters - round(idle * parameters(config)["experts"])
 
 
+@functools.cache
+def weight_bytes(config: ModelConfig, kind: str) -> int:
+    """Bytes of all weights in a dtype, or in a packed format with the rest in bfloat16."""
+    model = transformer.abstract(config, jnp.dtype(kind if kind in DTYPES else "bfloat16"))
+    if kind not in DTYPES:
+        model = quantized.quantized(model, kind)
+    return sum(math.prod(x.shape) * jnp.iinfo(x.dtype).bits // 8 if x.dtype == jnp.int4 else x.size * x.dtype.itemsize
+               for x in jax.tree.leaves(model))  # fmt: skip
+
+
 def cache_bytes(config: ModelConfig, tokens: int, dtype: str = "bfloat16") -> int:
     """Bytes of the key-value cache of one row that can hold `tokens`."""
     shapes = jax.eval_shape(lambda: cache.empty(config, 1, tokens, jnp.dtype(dtype)).layers)
@@ -74,8 +86,7 @@ def logits_bytes(config: ModelConfig) -> int:
 def needed(config: ModelConfig, dtype: str, tokens: int) -> int:
     """Bytes that one row of `tokens` needs in all: weights, cache and the logits of a step."""
     compute = "float32" if dtype == "float32" else "bfloat16"
-    weights = config.num_parameters * BYTES[dtype]
-    return weights + cache_bytes(config, tokens, compute) + LOGITS_HELD * logits_bytes(config)
+    return weight_bytes(config, dtype) + cache_bytes(config, tokens, compute) + LOGITS_HELD * logits_bytes(config)
 
 
 def devices_needed(config: ModelConfig, dtype: str, tokens: int) -> dict[str, int]:

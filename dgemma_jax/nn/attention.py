@@ -11,6 +11,7 @@ from flax import nnx
 from dgemma_jax.nn import rope
 from dgemma_jax.nn.cache import LayerCache
 from dgemma_jax.nn.layers import RMSNorm, normal
+from dgemma_jax.nn.packed import contract
 from dgemma_jax.nn.sites import Site
 
 if TYPE_CHECKING:
@@ -65,15 +66,15 @@ class Attention(nnx.Module):
         pattern = pattern_BNTS.astype(v_BKSH.dtype).reshape(*rows, slots)
         z_BNTH = jnp.einsum("bkrs,bksh->bkrh", pattern, v_BKSH).reshape(batch, heads, length, size)
         z_BTNH = z_BNTH.swapaxes(1, 2)
-        out_BTD = jnp.einsum("btnh,dnh->btd", self.site_z(z_BTNH), self.o[...])
+        out_BTD = contract("btnh,dnh->btd", self.site_z(z_BTNH), self.o)
         return self.site_out(out_BTD), k_BTKH, v_BTKH
 
     def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H] of normed input [B, T, D]; queries and keys rotated."""
         frequencies = rope.inverse_frequencies(self.q.shape[1], *self.rope)
-        q_BTNH = jnp.einsum("btd,nhd->btnh", x_BTD, self.q[...])
-        raw_BTKH = jnp.einsum("btd,khd->btkh", x_BTD, self.k[...])
-        v_BTKH = raw_BTKH if self.v is None else jnp.einsum("btd,khd->btkh", x_BTD, self.v[...])
+        q_BTNH = contract("btd,nhd->btnh", x_BTD, self.q)
+        raw_BTKH = contract("btd,khd->btkh", x_BTD, self.k)
+        v_BTKH = raw_BTKH if self.v is None else contract("btd,khd->btkh", x_BTD, self.v)
         q_BTNH = rope.rotate(self.q_norm(q_BTNH), positions_BT, frequencies)
         k_BTKH = rope.rotate(self.k_norm(raw_BTKH), positions_BT, frequencies)
         return self.site_q(q_BTNH), self.site_k(k_BTKH), self.site_v(self.v_norm(v_BTKH))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dgemma_jax.nn.layers import soft_cap
+from dgemma_jax.nn.packed import contract
 from dgemma_jax.nn.sites import Contextual
 
 
@@ -24,11 +25,11 @@ class Embedder(nnx.Module):
 
     def lookup(self, tokens_BT: jax.Array) -> jax.Array:
         """sqrt(D) * table[tokens], [B, T, D]."""
-        return self.table[...][tokens_BT] * self.scale
+        return self.table[tokens_BT] * self.scale
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """cap * tanh(hidden . table / cap), [B, T, V] float32."""
-        scores = jnp.einsum("btd,vd->btv", hidden_BTD, self.table[...], preferred_element_type=jnp.float32)
+        scores = contract("btd,vd->btv", hidden_BTD, self.table, jnp.float32)
         return soft_cap(scores, self.softcap)
 
 
@@ -37,5 +38,5 @@ class SoftEmbed(Contextual):
 
     def __call__(self, probs_BCV: jax.Array, embedder: Embedder) -> jax.Array:
         """S [B, C, D] of the distributions `probs` [B, C, V] float32, in the table's dtype."""
-        table_VD = embedder.table[...]
-        return jnp.einsum("bcv,vd->bcd", probs_BCV.astype(table_VD.dtype), table_VD) * embedder.scale
+        probs_BCV = probs_BCV.astype(embedder.table.dtype)
+        return contract("bcv,vd->bcd", probs_BCV, embedder.table) * embedder.scale

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dgemma_jax.nn.packed import contract
 from dgemma_jax.nn.sites import Site
 
 
@@ -47,9 +48,9 @@ class GatedMLP(nnx.Module):
         self.pre, self.post = Site("mlp_pre"), Site("mlp_post")
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = self.pre(jnp.einsum("btd,fd->btf", x_BTD, self.gate[...]))
-        up_BTF = jnp.einsum("btd,fd->btf", x_BTD, self.up[...])
-        return jnp.einsum("btf,df->btd", self.post(gelu(gate_BTF) * up_BTF), self.down[...])
+        gate_BTF = self.pre(contract("btd,fd->btf", x_BTD, self.gate))
+        up_BTF = contract("btd,fd->btf", x_BTD, self.up)
+        return contract("btf,df->btd", self.post(gelu(gate_BTF) * up_BTF), self.down)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

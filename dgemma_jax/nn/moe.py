@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dgemma_jax.nn.layers import RMSNorm, gelu, normal
+from dgemma_jax.nn.packed import contract
 from dgemma_jax.nn.sites import Site, is_open
 
 if TYPE_CHECKING:
@@ -69,15 +70,15 @@ class Experts(nnx.Module):
             return self._open(x_BTD, weights_BTE)
         batch, length, width = x_BTD.shape
         x_TD, weights_TE = x_BTD.reshape(batch * length, width), weights_BTE.reshape(batch * length, -1)
-        args = (x_TD, weights_TE, self.gate_up[...], self.down[...])
+        args = (x_TD, weights_TE, self.gate_up, self.down)
         return _run(form, self.top, *args).reshape(x_BTD.shape)
 
     def _open(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
         """The dense form with every intermediate at its site."""
-        both = jnp.einsum("btd,efd->btef", x_BTD, self.gate_up[...])
+        both = contract("btd,efd->btef", x_BTD, self.gate_up)
         gate, up = jnp.split(both, 2, -1)
         h_BTEF = self.hidden(gelu(gate) * up)
-        out_BTED = self.out(jnp.einsum("btef,efd->bted", h_BTEF, self.down[...]))
+        out_BTED = self.out(contract("btef,efd->bted", h_BTEF, self.down))
         return jnp.einsum("bted,bte->btd", out_BTED, weights_BTE.astype(out_BTED.dtype))
 
 
@@ -109,9 +110,9 @@ def _apply(form: str, top: int, *args: jax.Array) -> jax.Array:
 
 def dense(x_TD, weights_TE, gate_up_EFD, down_EFD) -> jax.Array:
     """All experts on all tokens: two products, the weights applied between them."""
-    gate_TEF, up_TEF = jnp.split(jnp.einsum("td,efd->tef", x_TD, gate_up_EFD), 2, -1)
+    gate_TEF, up_TEF = jnp.split(contract("td,efd->tef", x_TD, gate_up_EFD), 2, -1)
     h_TEF = gelu(gate_TEF) * up_TEF * weights_TE[..., None].astype(x_TD.dtype)
-    return jnp.einsum("tef,efd->td", h_TEF, down_EFD)
+    return contract("tef,efd->td", h_TEF, down_EFD)
 
 
 def scan(x_TD, weights_TE, gate_up_EFD, down_EFD) -> jax.Array:
@@ -119,9 +120,9 @@ def scan(x_TD, weights_TE, gate_up_EFD, down_EFD) -> jax.Array:
 
     def one(total_TD, expert):
         weight_T, gate_up_FD, down_FD = expert
-        gate_TF, up_TF = jnp.split(x_TD @ gate_up_FD.T, 2, -1)
+        gate_TF, up_TF = jnp.split(contract("td,fd->tf", x_TD, gate_up_FD), 2, -1)
         h_TF = gelu(gate_TF) * up_TF * weight_T[:, None].astype(x_TD.dtype)
-        return total_TD + h_TF @ down_FD, None
+        return total_TD + contract("tf,fd->td", h_TF, down_FD), None
 
     return jax.lax.scan(one, jnp.zeros_like(x_TD), (weights_TE.T, gate_up_EFD, down_EFD))[0]
 

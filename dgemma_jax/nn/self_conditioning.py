@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dgemma_jax.nn.layers import RMSNorm, gelu, normal
+from dgemma_jax.nn.packed import contract
 from dgemma_jax.nn.sites import Site
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class SelfConditioning(nnx.Module):
     def __call__(self, embedded_BCD: jax.Array, soft_BCD: jax.Array) -> jax.Array:
         """First residual of the denoising pass, [B, C, D]."""
         normed = self.pre_norm(soft_BCD.astype(embedded_BCD.dtype))
-        gate_BCF = jnp.einsum("bcd,fd->bcf", normed, self.gate[...])
-        up_BCF = jnp.einsum("bcd,fd->bcf", normed, self.up[...])
-        signal_BCD = jnp.einsum("bcf,df->bcd", gelu(gate_BCF) * up_BCF, self.down[...])
+        gate_BCF = contract("bcd,fd->bcf", normed, self.gate)
+        up_BCF = contract("bcd,fd->bcf", normed, self.up)
+        signal_BCD = contract("bcf,df->bcd", gelu(gate_BCF) * up_BCF, self.down)
         return self.post_norm(embedded_BCD + self.signal(signal_BCD))

@@ -89,6 +89,7 @@ def load_hf(
     shardings: Mapping[trees.Path, jax.sharding.Sharding] | None = None,
     check_finite: bool = True,
     progress_bar: bool | None = None,
+    packer: Any = None,
 ) -> Any:
     """The tree with the weights of the checkpoint, each in the dtype of the leaf it replaces.
 
@@ -100,6 +101,7 @@ def load_hf(
         shardings: by path of the leaf; a leaf without one goes to the default device.
         check_finite: look at every number, also after the cast.
         progress_bar: None shows one for a gigabyte or more.
+        packer: a `nn.quantized.Packer`: packs weights as they come.
 
     Raises:
         ValueError: names every missing, unexpected, wrongly shaped or non-finite array at once.
@@ -107,7 +109,8 @@ def load_hf(
     directory = Path(directory)
     entries, leaves, reader = find(directory), trees.leaves(tree), tensor_file.Reader()
     sources = _match(directory, entries, leaves, reader)
-    loaded: dict[trees.Path, jax.Array] = {}
+    loaded: dict[trees.Path, Any] = {}
+    packed: dict[trees.Path, Any] = {}
     bad: list[str] = []
     total = sum(entry.nbytes for entry, _ in sources.values())
     with progress.bar(f"Loading {directory.name}", total, progress_bar) as advance:
@@ -115,9 +118,12 @@ def load_hf(
             loaded[path], good = _place(reader(entry), layout, leaves[path], (shardings or {}).get(path), check_finite)
             if not good:
                 bad.append(trees.dotted(path))
+            if packer is not None and packer.wants(path):
+                packed[path], loaded[path] = packer.pack(path, loaded[path]), leaves[path]
             advance(entry.nbytes)
     problems.check_finite(directory, bad)
-    return trees.replace(tree, loaded)
+    tree = trees.replace(tree, loaded)
+    return packer.install(tree, packed) if packed else tree
 
 
 def _match(

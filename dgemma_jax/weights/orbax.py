@@ -61,6 +61,7 @@ def save_orbax(
     tokenizer: Any = None,
     *,
     dtype: Any = None,
+    packed: Mapping[str, str] | None = None,
 ) -> None:
     """Write the weights as Orbax arrays, sharded as they are, with settings and tokenizer beside them.
 
@@ -69,11 +70,19 @@ def save_orbax(
         tree: the model; its leaves must be those of the format.
         config, sampler, tokenizer: as in `save_hf`.
         dtype: storage type; None keeps that of each leaf.
+        packed: what `settings.read_packed` shall give back, for a model with packed weights.
     """
     leaves = trees.leaves(tree)
-    foreign = [trees.dotted(path) for path in leaves if hf_keys.key_of(path) is None]
+    parts = ("values", "scale") if packed else ()
+    foreign = [
+        trees.dotted(path)
+        for path in leaves
+        if hf_keys.key_of(path) is None and not (path[-1] in parts and hf_keys.key_of(path[:-1]))
+    ]
     if foreign:
         raise ValueError(f"the format has no place for {problems.counted(foreign)}; save the model without edits")
+    if dtype is not None and packed:
+        raise ValueError(f"the weights are packed ({packed['form']}): they have no other storage type, got {dtype!r}")
     if dtype is not None:
         leaves = {path: leaf.astype(dtype) for path, leaf in leaves.items()}
     leader = jax.process_index() == 0
@@ -81,7 +90,8 @@ def save_orbax(
         with _checkpointer() as checkpointer:
             checkpointer.save((stage / publish.ORBAX).absolute(), _nest(leaves))
         if leader:
-            settings.write(stage, config, sampler, str(leaves[("embedder", "table")].dtype))
+            stored = packed["dtype"] if packed else str(leaves[("embedder", "table")].dtype)
+            settings.write(stage, config, sampler, stored, packed)
             if tokenizer is not None:
                 tokenizer.save(stage)
 
@@ -93,6 +103,7 @@ def load_orbax(
     shardings: Mapping[trees.Path, jax.sharding.Sharding] | None = None,
     check_finite: bool = True,
     progress_bar: bool | None = None,
+    packer: Any = None,
 ) -> Any:
     """The tree with the weights of the checkpoint, each in the dtype of the leaf it replaces.
 
@@ -102,7 +113,8 @@ def load_orbax(
     arrays, leaves = _arrays(directory), trees.leaves(tree)
     jobs = _match(directory, arrays, leaves)
     shardings = shardings or {}
-    loaded: dict[trees.Path, jax.Array] = {}
+    loaded: dict[trees.Path, Any] = {}
+    packed: dict[trees.Path, Any] = {}
     good: dict[trees.Path, jax.Array] = {}
     sizes = {path: int(np.prod(arrays[path].shape)) * np.dtype(arrays[path].dtype).itemsize for path in jobs}
     with progress.bar(f"Loading {directory.name}", sum(sizes.values()), progress_bar) as advance:
@@ -116,12 +128,20 @@ def load_orbax(
                 for part in jobs[path].parts:
                     shape, sharding = leaves[part.path].shape, shardings.get(part.path)
                     loaded[part.path] = _taking(jobs[path].axes, part.axes, part.half, shape, sharding)(array)
-                    good[part.path] = finite.on_device(loaded[part.path]) if check_finite else True
+                    good[part.path] = _is_finite(loaded[part.path]) if check_finite else True
+                    if packer is not None and packer.wants(part.path):
+                        packed[part.path] = packer.pack(part.path, loaded[part.path])
+                        loaded[part.path] = leaves[part.path]
                 advance(sizes[path])
     if check_finite:
         good = jax.device_get(good)
         problems.check_finite(directory, [trees.dotted(path) for path in good if not good[path]])
-    return trees.replace(tree, loaded)
+    tree = trees.replace(tree, loaded)
+    return packer.install(tree, packed) if packed else tree
+
+
+def _is_finite(array: jax.Array) -> Any:
+    return True if array.dtype.itemsize == 1 else finite.on_device(array)  # packed values have no infinities
 
 
 def _match(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.weights import problems
 
 CONFIG, GENERATION, SAMPLER = "config.json", "generation_config.json", "dgemma_sampler.json"
+PACKED = "dgemma_packed.json"
 # Sampler options that `generation_config.json` has no name for (and `transformers` refuses unknown names).
 _OWN = ("early_stop", "commit", "stability")
 
@@ -40,9 +42,19 @@ def read_sampler(directory: Path, config: ModelConfig) -> SamplerConfig:
     return sampler.replace(**own)
 
 
-def write(directory: Path, config: ModelConfig, sampler: SamplerConfig | None, dtype: str) -> None:
-    """Write the settings that `read_config` and `read_sampler` give back."""
+def read_packed(directory: Path) -> dict[str, str] | None:
+    """`form` of the weights in few bits and the `dtype` that is computed in; None for plain weights."""
+    return _json(directory / PACKED) if (directory / PACKED).is_file() else None
+
+
+def write(
+    directory: Path, config: ModelConfig, sampler: SamplerConfig | None, dtype: str,
+    packed: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write the settings that `read_config`, `read_sampler` and `read_packed` give back."""
     _write_json(directory / CONFIG, config.to_hf(dtype))
+    if packed:
+        _write_json(directory / PACKED, dict(packed))
     if sampler is None:
         return
     _write_json(directory / GENERATION, sampler.to_hf())
