@@ -63,8 +63,12 @@ if TYPE_CHECKING:
     from interp.knockout import knock_out
     from interp.lens_readings import LensReadings
     from interp.lenses import logit_lens
+    from interp.masking.faithfulness_cases import FaithfulnessCase
+    from interp.masking.faithfulness_suite import faithfulness
+    from interp.masking.faithfulness_tables import Faithfulness
     from interp.masking.masked_diffusion import saliency
     from interp.masking.saliency_maps import Saliency
+    from interp.masking.step_maps import saliency_by_step, step_heat_map
     from interp.masking.targets import TextEnergy, refusal_margin
     from interp.metrics import Divergence, LogitDifference, LogProb, Says, SetLogProb, answer
     from interp.monitor.measure import Monitorability, monitorability
@@ -87,7 +91,17 @@ if TYPE_CHECKING:
     from interp.path_patching import Receiver, path_patch
     from interp.questions import Questions
     from interp.routing import Reroute, reroute
+    from interp.safety.audit_report import AuditReport
+    from interp.safety.audits import audit
+    from interp.safety.hardening import harden, training_pairs
+    from interp.safety.model_diff import ModelDiff, compare_models
+    from interp.safety.trigger_search import Triggers, find_triggers
+    from interp.safety.withheld import Withheld, withheld_ability
     from interp.steering import SteeringVector, steer, steering_vector
+    from interp.studies.prompt_files import StudyPrompts
+    from interp.studies.reproducing import Reproduction, reproduce
+    from interp.studies.results import Study
+    from interp.studies.running import study
     from interp.surgery import at, sites
     from interp.sweeps import patch_sweep
     from interp.taps import capture_step
@@ -147,8 +161,12 @@ _HOMES = {
     "knockout": ("knock_out",),
     "lens_readings": ("LensReadings",),
     "lenses": ("logit_lens",),
+    "masking.faithfulness_cases": ("FaithfulnessCase",),
+    "masking.faithfulness_suite": ("faithfulness",),
+    "masking.faithfulness_tables": ("Faithfulness",),
     "masking.masked_diffusion": ("saliency",),
     "masking.saliency_maps": ("Saliency",),
+    "masking.step_maps": ("saliency_by_step", "step_heat_map"),
     "masking.targets": ("TextEnergy", "refusal_margin"),
     "metrics": ("Divergence", "LogProb", "LogitDifference", "Says", "SetLogProb", "answer"),
     "monitor.measure": ("Monitorability", "monitorability"),
@@ -171,7 +189,17 @@ _HOMES = {
     "path_patching": ("Receiver", "path_patch"),
     "questions": ("Questions",),
     "routing": ("Reroute", "reroute"),
+    "safety.audit_report": ("AuditReport",),
+    "safety.audits": ("audit",),
+    "safety.hardening": ("harden", "training_pairs"),
+    "safety.model_diff": ("ModelDiff", "compare_models"),
+    "safety.trigger_search": ("Triggers", "find_triggers"),
+    "safety.withheld": ("Withheld", "withheld_ability"),
     "steering": ("SteeringVector", "steer", "steering_vector"),
+    "studies.prompt_files": ("StudyPrompts",),
+    "studies.reproducing": ("Reproduction", "reproduce"),
+    "studies.results": ("Study",),
+    "studies.running": ("study",),
     "surgery": ("at", "sites"),
     "sweeps": ("patch_sweep",),
     "taps": ("capture_step",),
@@ -187,6 +215,7 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "Anchors",
     "AnswerLock",
     "AskMonitor",
+    "AuditReport",
     "BottleneckStudy",
     "Bump",
     "CarrierSplit",
@@ -207,6 +236,8 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "Energy",
     "ExpertFlow",
     "Explanation",
+    "Faithfulness",
+    "FaithfulnessCase",
     "FeatureLife",
     "Flat",
     "Inject",
@@ -222,6 +253,7 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "Mean",
     "Mix",
     "ModelDepth",
+    "ModelDiff",
     "MonitorCase",
     "Monitorability",
     "Necessity",
@@ -252,11 +284,15 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "SplicedLoss",
     "SteeringVector",
     "StepCurves",
+    "Study",
+    "StudyPrompts",
     "SwapRanks",
     "TextEnergy",
     "TokenIdentity",
     "TokenWatch",
     "TrainedSAE",
+    "Triggers",
+    "Withheld",
     "Zero",
     "ablate_directions",
     "ablate_features",
@@ -267,6 +303,7 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "attention_knock_out",
     "attention_sinks",
     "attribution_patching",
+    "audit",
     "bottleneck_study",
     "capture",
     "capture_prompt",
@@ -278,6 +315,7 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "collect_activations",
     "commit_order",
     "commits",
+    "compare_models",
     "confidence",
     "content",
     "cut_attention",
@@ -292,13 +330,16 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "expert_flow",
     "explain",
     "explained_variance",
+    "faithfulness",
     "feature_life",
     "find_directions",
     "find_loops",
+    "find_triggers",
     "fit_jacobian_lens",
     "fit_probes",
     "fit_time_probes",
     "fit_tuned_lens",
+    "harden",
     "inject",
     "intermediate_tokens",
     "knock_out",
@@ -322,9 +363,11 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "probe_transfer",
     "refusal_margin",
     "remove",
+    "reproduce",
     "reroute",
     "resting_components",
     "saliency",
+    "saliency_by_step",
     "samplers_of",
     "save_edits",
     "save_sae",
@@ -339,6 +382,8 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "steer",
     "steer_features",
     "steering_vector",
+    "step_heat_map",
+    "study",
     "thought_anchors",
     "token_bottleneck",
     "token_identity",
@@ -346,8 +391,10 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "token_smear",
     "top_contexts",
     "train_sae",
+    "training_pairs",
     "transitions",
     "watch_length",
+    "withheld_ability",
 ]
 
 

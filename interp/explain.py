@@ -4,7 +4,8 @@
     explanation.save("report.html")        # and report.json beside it
     explanation                            # in a notebook: the page itself
 
-It runs the model once and shows what the sampler did; the panel "lens" makes the run once more, to read every layer.
+It runs the model once and shows what the sampler did; the panel "lens" makes the run once more, to read every layer,
+and the panel "saliency" some hundred steps, with parts of the prompt masked.
 With another prompt to compare with, `against`, it also patches that prompt's run into this one. `Explanation.data` is
 the content of the JSON file:
 
@@ -121,6 +122,7 @@ def explain(
     record: dg.Record | None = None,
     panels: Iterable[str | Panel] | None = None,
     against: Any = None,
+    target: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> Explanation:
     """Generates the answer to one prompt and explains how it came about.
@@ -134,6 +136,8 @@ def explain(
         panels: names in `interp.panels.PANELS` or `Panel`s of your own; None shows all of the table.
         against: another prompt of as many tokens; adds a map of where patching its run into this one changes the
             answer. That intervenes at some hundred places.
+        target: what the panel "saliency" explains: a text that the first block of the answer holds, or a metric of
+            logits; by default the answer itself.
         progress: is called with one line of text as the work goes on.
     """
     record = dg.Record(top_k=8) if record is None else record
@@ -141,6 +145,11 @@ def explain(
     if missing:
         raise ValueError(f"explain needs {', '.join(missing)} in the record; got {record}")
     panels = choose(panels)
+    if target is not None:
+        from interp.saliency_panel import saliency_panel
+
+        panels = tuple(p for p in panels if p.name != "saliency")
+        panels = (*panels[:1], saliency_panel(target), *panels[1:])
     if against is not None:
         from interp.patch_panel import patch_panel
 

@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from .lens_panel import lens_data
+from .order_panels import commit_data, length_data, smearing_data, transitions_data
+from .saliency_panel import saliency_data
 
 
 def no_data(bundle: Any, generation: Any) -> None:
@@ -73,9 +75,14 @@ PANELS: Mapping[str, Panel] = {
     for panel in (
         Panel(name="canvas", title="The canvas", script="canvas.js"),
         Panel(name="position", title="One position", script="position.js", place="side"),
+        Panel(name="saliency", title="What in the prompt drove it", script="saliency.js", data=saliency_data),
         Panel(name="maps", title="All steps, all positions", script="maps.js"),
         Panel(name="lens", title="Layer by layer", script="lens.js", data=lens_data),
         Panel(name="curves", title="Step by step", script="curves.js"),
+        Panel(name="transitions", title="Accepted and given up", script="transitions.js", data=transitions_data),
+        Panel(name="commit-order", title="In which order", script="commit-order.js", data=commit_data),
+        Panel(name="length", title="How long it will be", script="length.js", data=length_data),
+        Panel(name="smearing", title="One token, several places", script="smearing.js", data=smearing_data),
         Panel(name="table", title="Tables", script="table.js", place="foot"),
     )
 }

@@ -10,7 +10,7 @@ import pytest
 from interp.masking.game import Counted, FunctionGame
 from interp.masking.gradients import gradient
 from interp.masking.hard_gates import gates
-from interp.masking.paths import path
+from interp.masking.paths import leads, path
 from interp.masking.regression import regression
 
 NAMES = tuple("abcde")
@@ -73,6 +73,21 @@ def test_path_sums_exactly_under_noisy_baselines():
     assert abs(found.scores.sum() - (found.on - found.off)) < 1e-10
 
 
+@pytest.mark.parametrize("estimator", [path, regression])
+def test_a_target_whose_top_depends_on_the_draw_is_shared_out_within_each_draw(estimator):
+    """As that of a text noised anew for every draw: an offset of the whole game moves no score."""
+    offsets = np.random.default_rng(0).normal(size=6) * 10
+
+    class Offset(FunctionGame):
+        def values(self, masks, draws):
+            return super().values(masks, draws) + offsets[draws]
+
+    game = Counted(Offset(additive, NAMES, draws=6, on_varies=True))
+    found = estimator(game, budget=200)
+    np.testing.assert_allclose(found.scores, WEIGHTS, atol=1e-5)
+    assert abs(found.scores.sum() - (found.on - found.off)) < 1e-6 and game.evaluations <= 200
+
+
 def test_interactions_are_those_of_the_pairs():
     found = path(FunctionGame(pairwise, NAMES), interactions=True)
     expected = np.zeros((5, 5))
@@ -103,6 +118,23 @@ def test_a_tolerance_stops_early_and_the_budget_is_kept():
     assert counted[0].evaluations <= 900
     assert counted[1].evaluations < 4000 and found.stderr.max() <= 0.05
     assert counted[2].evaluations <= 256
+
+
+def test_paths_stop_when_the_largest_scores_are_clear_of_the_others():
+    noisy = np.random.default_rng(0).normal(size=50)
+
+    def evaluations(rule, game):
+        counted = Counted(game)
+        path(counted, budget=451, enough=rule)
+        return counted.evaluations
+
+    flat = FunctionGame(lambda m: m @ np.ones(5, np.float32), NAMES)
+    assert evaluations(leads(), FunctionGame(additive, NAMES)) == 1 + 9 * 7  # one look: what one call holds
+    assert evaluations(leads(1, -1), FunctionGame(additive, NAMES)) == 64
+    assert evaluations(leads(), flat) == evaluations(None, flat) == 451  # no score is ahead: all of the budget
+    gains = noisy.reshape(10, 5) + np.array([9, 8, 0, 0, 0])
+    assert leads(2)(gains) and not leads(1)(gains) and not leads(2)(gains[:3])
+    assert leads(2, -1)(-gains) and not leads(2)(-gains)
 
 
 def test_wider_smooth_paths_are_the_straight_line():

@@ -10,6 +10,7 @@ from dgemma_jax.diffusion.generate import prefill_prompts
 from dgemma_jax.diffusion.sampler import denoise_step
 from interp.masking import masked_game as games
 from interp.masking.masked_diffusion import masked_game
+from interp.masking.targets import energy_rows
 from interp.masking.units import content, groups_of, units_of
 
 PROMPT = "recall a 4 , b 7 ? b"
@@ -31,21 +32,21 @@ def tokens(bundle):
 @pytest.fixture(scope="module")
 def everything(bundle):
     """The product of many kinds."""
-    return masked_game(bundle, PROMPT, METRIC, units=ALL, rows_at_once=4, draws=2)
+    return masked_game(bundle, PROMPT, METRIC, units=ALL, layers=[1], rows_at_once=4, draws=2)
 
 
 def prompt_ids(bundle, words):
     return bundle.tokenizer.chat([{"role": "user", "content": words}])
 
 
-def one_step(bundle, ids, moment, soft=None, canvas=None, model=None):
+def one_step(bundle, ids, moment, soft=None, canvas=None, model=None, metric=METRIC):
     """The metric of the step that follows a moment, with another prompt, canvas or S."""
     model = bundle.model if model is None else model
     cache = prefill_prompts(bundle.model, [ids], 1)
     state = moment.state
     state = state if soft is None else state.replace(soft=soft)
     state = state if canvas is None else state.replace(canvas=canvas)
-    return float(METRIC(_logits(model, state, cache, moment.sampler))[0])
+    return float(metric(_logits(model, state, cache, moment.sampler))[0])
 
 
 @jax.jit
@@ -122,17 +123,6 @@ def test_path_completeness_on_the_model(bundle, tokens):
     assert found.tokens[3] == "recall" and found.token_units[3] == 0 and found.token_units[0] == -1
 
 
-def test_gradients_are_those_of_the_values(tokens):
-    masks = np.full((2, len(tokens.names)), 0.6)
-    values, grads = tokens.gradients(masks, [0, 1])
-    np.testing.assert_allclose(values, tokens.values(masks, [0, 1]), atol=1e-6)
-    shift, unit = 2e-3, 4
-    moved = np.repeat(masks[:1], 2, 0)
-    moved[:, unit] += [shift, -shift]
-    up, down = tokens.values(moved, [0, 0])
-    assert grads[0, unit] == pytest.approx((up - down) / (2 * shift), rel=2e-2, abs=1e-4)
-
-
 def test_generation_and_window_follow_the_run(bundle):
     """All on, the draft is the run's own: at the end, and after three steps."""
     record = dg.Record(tokens=False, argmax=True, accepted=False, entropy=False, top_k=0)
@@ -147,6 +137,44 @@ def test_generation_and_window_follow_the_run(bundle):
         assert found[0] == 1.0 and found[1] < 1.0
     with pytest.raises(ValueError, match="no derivative"):
         game.gradients(masks, [0, 0])
+
+
+def test_settled_is_the_first_step_whose_draft_holds_the_text(bundle, tokens):
+    record = dg.Record(tokens=False, argmax=True, accepted=False, entropy=False, top_k=0)
+    for seed in range(20):
+        run = dg.generate(bundle, PROMPT, seed, max_new_tokens=1, record=record)
+        answer, drafts = run.tokens[0], run.trajectory.argmax[0, : int(run.trajectory.num_steps[0, 0]), 0]
+        text = bundle.tokenizer.decode(answer[:2])
+        held = [(draft[:2] == answer[:2]).all() for draft in drafts]
+        if len(text.split()) == 2 and not held[0]:
+            break
+    before = games._stepped._cache_size()
+    game = masked_game(bundle, PROMPT, text, step="settled", seed=seed, rows_at_once=16, draws=3)
+    value = game.values(np.ones((1, len(game.names))), [0])[0]
+    assert games._stepped._cache_size() == before, "the step and the target are data"
+    at = int(np.argmax(np.asarray(game.given.first)))
+    assert at == held.index(True) > 0
+    moment = run.trajectory.moment(0, at)
+    wanted = one_step(bundle, prompt_ids(bundle, PROMPT), moment, metric=interp.LogProb([0, 1], answer[:2]))
+    assert value == pytest.approx(wanted, abs=1e-5)
+
+    maps = interp.saliency_by_step(bundle, PROMPT, text, [0, at], seed=seed, rows_at_once=16, draws=3, budget=50)
+    assert [found.step for found in maps] == [0, at] and maps[1].on == pytest.approx(wanted, abs=1e-5)
+    assert games._stepped._cache_size() == before
+    with pytest.raises(ValueError, match="steps"):
+        interp.saliency_by_step(bundle, PROMPT, text, [99])
+
+
+def test_the_energy_of_a_text_is_read_from_its_noised_canvases(bundle):
+    energy, ids = interp.TextEnergy("red fox", 0.5), prompt_ids(bundle, PROMPT)
+    game = masked_game(bundle, PROMPT, energy, rows_at_once=16, draws=4, seed=2)
+    metric, canvases = energy_rows(bundle, energy, 4, seed=2)
+    wanted = [one_step(bundle, ids, moment_of(game), canvas=canvas[None], metric=metric) for canvas in canvases]
+    found = game.values(np.ones((4, len(game.names))), np.arange(4))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.ptp(found) > 1e-3
+    whole = interp.saliency(bundle, PROMPT, energy, rows_at_once=16, draws=4, seed=2, budget=60)
+    assert whole.target == "TextEnergy at level 0.5" and whole.off != pytest.approx(whole.on)
 
 
 def test_finished_calls_are_kept_and_a_second_run_asks_nothing(bundle, tmp_path, monkeypatch):

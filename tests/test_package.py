@@ -198,6 +198,7 @@ def test_the_wheel(tmp_path):
     assert f"{info}/licenses/LICENSE" in names
     expected = {name(path) for path in SOURCES}
     expected |= {name(p) for p in (ROOT / "interp" / "page").rglob("*") if p.is_file()}
+    expected |= {name(p) for p in (ROOT / "interp" / "studies" / "papers").glob("*.json")}
     embedded = [p for organism in ("nano", "nano-backdoor") for p in (ROOT / "checkpoints" / organism).glob("*.*")]
     expected |= {name(p).replace("checkpoints", "dgemma_jax/_checkpoints", 1) for p in embedded}
     expected |= {"dgemma_jax/_checkpoints/nano/marker"}

@@ -11,7 +11,21 @@ import sys
 from collections.abc import Sequence
 
 import dgemma_jax
-from dgemma_jax.cli import bench, bottleneck, convert, depth, explain, generate, info, train
+from dgemma_jax.cli import (
+    audit,
+    bench,
+    bottleneck,
+    convert,
+    depth,
+    explain,
+    faithfulness,
+    generate,
+    harden,
+    info,
+    reproduce,
+    study,
+    train,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dgemma", description="DiffusionGemma in JAX, with its inside open.")
     top.add_argument("--version", action=_Version)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (explain, generate, bottleneck, depth, info, convert, train, bench):
+    for module in (explain, generate, bottleneck, faithfulness, study, depth, audit, harden, reproduce, info,
+                   convert, train, bench):  # fmt: skip
         command = module.add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 FORMS = ("int8", "int4", "fp8")  # of `nn.packed`, which would import JAX
 
 
-def add_generation(command: argparse.ArgumentParser) -> None:
-    """The options that say what generates, and how."""
+def add_generation(command: argparse.ArgumentParser, tokens: int | None = 256) -> None:
+    """The options that say what generates, and how; `tokens`: by default at most, None one canvas."""
     command.add_argument(
         "--model", default="nano", metavar="M", help="an embedded model, a checkpoint directory or a hub id (nano)"
     )
     command.add_argument("--dtype", help="bfloat16, float32 or float16; by default as stored")
     command.add_argument("--quantize", choices=FORMS, help="pack the large weights as they are read")
     command.add_argument("--seed", type=int, default=0, help="equal seeds give equal answers (0)")
-    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most this many tokens (256)")
+    most = f"at most this many tokens ({'one canvas' if tokens is None else tokens})"
+    command.add_argument("--max-new-tokens", type=int, default=tokens, metavar="N", help=most)
     command.add_argument("--steps", type=int, metavar="N", help="at most this many denoising steps a block")
 
 

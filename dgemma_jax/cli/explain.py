@@ -30,6 +30,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
         metavar="PROMPT",
         help="another prompt of as many tokens: adds a map of where patching its run into this one changes the answer",
     )
+    command.add_argument(
+        "--target",
+        metavar="TEXT",
+        help="words of the answer: the page shows what in the prompt drove them, instead of the whole answer",
+    )
     common.add_generation(command)
     command.set_defaults(run=run)
     return command
@@ -53,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         bundle = common.load(args)
         explanation = interp.explain(
             bundle, args.prompt, seed=args.seed, sampler=common.sampler(args, bundle),
-            max_new_tokens=args.max_new_tokens, against=args.against, progress=status.update,
+            max_new_tokens=args.max_new_tokens, against=args.against, target=args.target, progress=status.update,
         )  # fmt: skip
         saved, data = explanation.save(args.out)
     print(f"answer  {explanation.data['answer']['text']}")

@@ -4,6 +4,7 @@ An estimator is any function `estimator(game, *, budget, tolerance, seed, **sett
 
     game.names                       names of the U units
     game.draws                       how many baselines there are to draw from; draw d is the same for all masks
+    game.on_varies                   whether the value with all units on depends on the draw (of a noised text)
     game.values(masks, draws)        [n] of masks [n, U] (1 on, 0 off) under the draws [n]
     game.gradients(masks, draws)     [n] and its gradients [n, U]; masks may lie between 0 and 1
 
@@ -30,6 +31,9 @@ class Game(Protocol):
     @property
     def draws(self) -> int: ...
 
+    @property
+    def on_varies(self) -> bool: ...
+
     def values(self, masks: np.ndarray, draws: np.ndarray) -> np.ndarray: ...
 
     def gradients(self, masks: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
@@ -42,7 +46,7 @@ class Found:
     Attributes:
         scores: [U] in units of the target.
         stderr: [U] standard errors; NaN where none can be said.
-        on, off: the target with all units on, and with all off (mean over the draws used).
+        on, off: the target with all units on, and with all off (means over the draws used).
         interactions, interactions_stderr: [U, U] of pairs, symmetric; NaN for a pair that was never drawn. None if
             they were not asked for.
         kept: [U] bool, the units that are enough for the target; None for estimators that do not choose.
@@ -69,6 +73,7 @@ class FunctionGame:
     function: Callable[[Any], Any]
     names: tuple[str, ...]
     draws: int = 1
+    on_varies: bool = False
 
     def values(self, masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
         return np.asarray(self.function(np.asarray(masks, np.float32)), np.float64)
@@ -91,7 +96,7 @@ class Counted:
 
     def __init__(self, game: Game, done: Callable[[int], None] = lambda n: None) -> None:
         self.game, self.done, self.evaluations = game, done, 0
-        self.names, self.draws = game.names, game.draws
+        self.names, self.draws, self.on_varies = game.names, game.draws, game.on_varies
 
     def values(self, masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
         return self.counted(self.game.values(masks, draws), masks)
@@ -120,12 +125,18 @@ class Counted:
 
 
 def ends(game: Game, draws: Sequence[int] | np.ndarray) -> tuple[float, np.ndarray]:
-    """The target with all units on, and with all off under each draw."""
+    """The target with all units on (mean over the draws), and with all off under each draw."""
+    ons, offs = ends_of_draws(game, draws)
+    return float(ons.mean()), offs
+
+
+def ends_of_draws(game: Game, draws: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The target with all units on, and with all off, each [n] under n draws; all on is asked once if that will do."""
     draws = np.asarray(draws, np.int64)
-    count = len(game.names)
-    masks = np.concatenate([np.ones((1, count)), np.zeros((len(draws), count))])
-    found = game.values(masks, np.concatenate([draws[:1], draws]))
-    return float(found[0]), found[1:]
+    first, count = draws if game.on_varies else draws[:1], len(game.names)
+    masks = np.concatenate([np.ones((len(first), count)), np.zeros((len(draws), count))])
+    found = game.values(masks, np.concatenate([first, draws]))
+    return np.broadcast_to(found[: len(first)], len(draws)), found[len(first) :]
 
 
 def standard_error(samples: np.ndarray) -> np.ndarray:

@@ -39,24 +39,24 @@ def information_bottleneck(
     if steps < 1 or beta < 0:
         raise ValueError(f"budget={budget}: a step takes {samples} evaluations and the ends 2; beta must be >= 0")
     rng = np.random.default_rng(seed)
-    own = own_values(game)
-    flat, tree = jax.tree.flatten(own)
-    centre = [_statistics(h, b) for h, b in zip(flat, tree.flatten_up_to(_baselines(game)), strict=True)]
-    scaled = [(h - mu) / sigma for h, (mu, sigma) in zip(flat, centre, strict=True)]
-    entries = sum(x[0].size for x in flat)
-    gate = [np.full_like(h[:1], START) for h in flat]
+    own, tree = jax.tree.flatten(own_values(game))
+    centre = [_statistics(h, b) for h, b in zip(own, tree.flatten_up_to(_baselines(game)), strict=True)]
+    scaled = [(h - mu) / sigma for h, (mu, sigma) in zip(own, centre, strict=True)]
+    entries = sum(h[0].size for h in own)
+    gate = [np.full_like(h[:1], START) for h in own]
     moments = [np.zeros((2, *a.shape)) for a in gate]
     for step in range(1, steps + 1):
-        noise = [mu + sigma * rng.standard_normal((samples, *h.shape[1:])) for h, (mu, sigma) in zip(flat, centre, strict=True)]
-        open_ = [_sigmoid(a) for a in gate]
-        wide = [h[np.arange(samples) % len(h)] for h in flat]
-        mixed = [(share * h + (1 - share) * e).astype(np.float32) for share, h, e in zip(open_, wide, noise, strict=True)]
+        noise = [mu + sigma * rng.standard_normal((samples, *a.shape[1:]))
+                 for a, (mu, sigma) in zip(gate, centre, strict=True)]  # fmt: skip
+        apart = [h[np.arange(samples) % len(h)] - e for h, e in zip(own, noise, strict=True)]
+        passed = [_sigmoid(a) for a in gate]
+        mixed = [(e + share * d).astype(np.float32) for share, e, d in zip(passed, noise, apart, strict=True)]
         slopes = jax.tree.leaves(gradients_at(game, tree.unflatten(mixed), samples)[1])
-        for i, share in enumerate(open_):
-            of_loss = -(slopes[i] * (wide[i] - noise[i])).mean(0, keepdims=True)
+        for i, share in enumerate(passed):
+            of_target = (slopes[i] * apart[i]).mean(0, keepdims=True)
             left = np.maximum(1 - share, LEAST)
             of_bits = 1 / left + share * (scaled[i] ** 2).mean(0, keepdims=True) - left
-            moments[i], move = _adam(moments[i], share * (1 - share) * (of_loss + beta * of_bits / entries), step)
+            moments[i], move = _adam(moments[i], share * (1 - share) * (beta * of_bits / entries - of_target), step)
             gate[i] = gate[i] - rate * move
     bits = [_nats(_sigmoid(a), r) / np.log(2) for a, r in zip(gate, scaled, strict=True)]
     on, off = ends(game, [0])

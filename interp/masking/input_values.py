@@ -16,6 +16,7 @@ import numpy as np
 from dgemma_jax.diffusion.generate import bucket
 from dgemma_jax.diffusion.sampler import denoise_step
 from dgemma_jax.nn.cache import LayerCache, slot_positions
+from dgemma_jax.nn.functional import of
 from interp.masking import masked_game
 from interp.masking.game import Counted, Game
 from interp.masking.masked_game import MaskedGame
@@ -38,9 +39,9 @@ def of_model(game: Game) -> MaskedGame:
 
 
 def own_values(game: Game) -> Pool:
-    """The run's own values [k, ...] at each place, float32 on the host; k > 1 where rows start from several canvases."""
+    """The run's own values [k, ...] at each place, float32 on the host; k counts the canvases that rows start from."""
     game = of_model(game)
-    given, model = game.given, game.bundle if not hasattr(game.bundle, "model") else game.bundle.model
+    given, model = game.given, of(game.bundle)
     places = list(game.units.cells)
     run = given.run
     state = run.state.replace(canvas=given.starts[:1])
@@ -118,7 +119,7 @@ def by_unit(game: Game, values: Pool) -> np.ndarray:
 def _cells(game: MaskedGame) -> dict[str, Any]:
     """The unit of each cell, in shapes that broadcast to rows of the values there."""
 
-    def of(place: str, own: np.ndarray) -> Any:
+    def at_place(place: str, own: np.ndarray) -> Any:
         if place.startswith("layers."):
             return own
         if place != "cache":
@@ -130,4 +131,4 @@ def _cells(game: MaskedGame) -> dict[str, Any]:
             found.append(LayerCache(held, held))
         return found
 
-    return {place: of(place, np.asarray(own)) for place, own in game.given.cells.items()}
+    return {place: at_place(place, np.asarray(own)) for place, own in game.given.cells.items()}

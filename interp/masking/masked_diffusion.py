@@ -61,8 +61,7 @@ def saliency(
     scope: str = "step", window: int = 4, reads: str | None = None, budget: int | None = None,
     tolerance: float | None = None, draws: int = 8, seed: int = 0, sampler: SamplerConfig | None = None,
     thinking: bool = False, rows_at_once: int | None = None, mesh: jax.sharding.Mesh | None = None,
-    keep: str | Path | None = None,
-    progress: bool | None = None, **settings: Any,
+    keep: str | Path | None = None, progress: bool | None = None, **settings: Any,
 ) -> Saliency:  # fmt: skip
     """Which units drove a prediction, by masking and unmasking them along random paths.
 
@@ -87,13 +86,18 @@ def saliency(
         baseline: "noise" (uniform random tokens run through the model), "mean", "zero", or a list of other prompts of
             as many tokens.
         layers, positions: of the units; see `units_of`.
-        step: the denoising step explained, or the first of several. By default the first, where all that decides comes
-            from the prompt; later, drafts and S carry part of it. "settled": the step at which a text target is
-            first the most likely one. A moment of a run of this prompt saves running it again; the target is then
-            a metric, the seed of the run and the sampler are the moment's own.
-        scope: "step": the logits of this step. "window": those of the step `window - 1` later, all units masked in
-            between. "generation": the look that the model takes at its finished draft (of the first block), or the
-            draft's tokens. Canvas and S are carriers: masked before the step explained, and free after it.
+        step: s, the denoising step explained, or the first of several; 0 is the first, and the default. Rows start
+            from the canvas and S that the run had before step s, whatever is masked: a score says what a unit does to
+            this step's prediction, the draft so far given. At step 0 the canvas is noise and S is 0, so all comes
+            from the prompt; later, drafts and S carry part of it, and units of "canvas" and "soft" show that part.
+            "settled": the first step whose most likely tokens hold the text that is the target. A moment of a run of
+            this prompt saves running it again; the target is then a metric, the seed of the run and the sampler are
+            the moment's own. Several steps side by side: `saliency_by_step`.
+        scope: how far from there the target is read. "step": the logits of step s. "window": those of step
+            s + window - 1, rows going their own way in between. "generation": rows run to their end, and the target
+            reads the look that the model takes at its finished draft (of the first block), or the draft's tokens.
+            Prompts, caches and sites stay masked all the way; canvas and S are what steps hand on: masked before
+            step s, and free after it. Scopes differ where a draft repairs, or makes worse, what one step lost.
         reads: "logits" or "tokens", what the metric is given; by default tokens for `Says`, logits for all else.
         budget: evaluations at most; by default the method's own.
         tolerance: stop at this standard error.
@@ -147,7 +151,8 @@ def masked_game(
     bundle: Any, prompt: Any, target: Any, *, units: Any = "tokens", baseline: Any = "noise", layers: Any = None,
     positions: Any = None, step: int | str | Moment = 0, scope: str = "step", window: int = 4,
     reads: str | None = None, draws: int = 8, seed: int = 0, sampler: SamplerConfig | None = None,
-    thinking: bool = False, rows_at_once: int | None = None, mesh: jax.sharding.Mesh | None = None, keep: str | Path | None = None,
+    thinking: bool = False, rows_at_once: int | None = None, mesh: jax.sharding.Mesh | None = None,
+    keep: str | Path | None = None,
 ) -> MaskedGame:  # fmt: skip
     """The game that `saliency` plays: for estimators and tests of one's own. Arguments as there."""
     model, tokenizer, default = inputs.parts(bundle)
@@ -179,7 +184,8 @@ def masked_game(
     given = Given.of(run.at(0), starts, ids[0], chosen, pool, sampler)
     fit = that_fit(bundle, run, 1, rows_at_once, _prompt_bytes(config, given.tokens.shape[1], chosen))
     rows, each = fit if rows_at_once is not None else min(fit, ROWS), 1
-    if mesh is not None:  # rows are dealt out evenly
+    if mesh is not None:  # rows are dealt out evenly; XLA decides where the rest lies
+        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
         each = mesh.shape[mesh.axis_names[0]]
         rows = max(each, rows // each * each)
     most = min(GRADIENT_ROWS, rows, fit // (2 * config.num_layers))  # what is kept of every layer for the way back
@@ -261,9 +267,10 @@ def _beginning(bundle: Any, ids: list[list[int]], seed: int, sampler: SamplerCon
     """The moment before the first step: nothing but the prompt has been run; its cache is only shaped if `anew`."""
     model = inputs.parts(bundle)[0]
     length = model.config.canvas_length
-    cache = (
-        kv.empty(model.config, 1, bucket(len(ids[0])) + length, model.dtype) if anew else prefill_prompts(model, ids, 1)
-    )
+    if anew:  # in the shape that a run has
+        cache = kv.empty(model.config, 1, bucket(len(ids[0]) + length), model.dtype)
+    else:
+        cache = prefill_prompts(model, ids, 1)
     seeds = np.array(inputs.to_seeds(seed, 1))
     zero = jnp.zeros(1, jnp.int32)
     state = start(noise.row_keys(seeds), zero, zero.astype(bool), length, model)

@@ -111,6 +111,10 @@ class MaskedGame:
     def names(self) -> tuple[str, ...]:
         return self.units.names
 
+    @property
+    def on_varies(self) -> bool:
+        return len(self.given.starts) > 1
+
     @functools.cached_property
     def _model(self) -> Any:
         return self._placed(of(self.bundle), jax.sharding.PartitionSpec())
@@ -123,11 +127,11 @@ class MaskedGame:
         if self.mesh is None:
             return tree
 
-        def place(x: Any) -> Any:  # weights that lie on the mesh already stay where they are
-            lies = getattr(x, "sharding", None)
-            if getattr(lies, "mesh", None) == self.mesh:
-                return x
-            return jax.device_put(x, jax.sharding.NamedSharding(self.mesh, spec))
+        def place(x: Any) -> Any:  # weights that are split over these devices already stay so
+            lies, own = getattr(x, "sharding", None), spec
+            if isinstance(lies, jax.sharding.NamedSharding) and np.array_equal(lies.mesh.devices, self.mesh.devices):
+                own = lies.spec
+            return jax.device_put(x, jax.sharding.NamedSharding(self.mesh, own))
 
         return jax.tree.map(place, tree)
 

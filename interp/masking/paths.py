@@ -8,52 +8,91 @@ together beyond what each gains alone, averaged, is the Shapley interaction inde
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from interp.masking.game import Found, Game, standard_error
 
 
 def path(
-    game: Game, *, budget: int = 2048, tolerance: float | None = None, seed: int = 0, interactions: bool = False
-) -> Found:
+    game: Game, *, budget: int = 2048, tolerance: float | None = None, seed: int = 0, interactions: bool = False,
+    enough: Callable[[np.ndarray], bool] | None = None,
+) -> Found:  # fmt: skip
     """Shapley values by antithetic unmasking paths.
 
     Args:
-        budget: evaluations at most. An order with its reverse takes 2 * U - 1 (4 * U - 3 with interactions).
+        budget: evaluations at most. An order with its reverse takes 2 * U - 1 (4 * U - 3 with interactions), all
+            units on is asked once (once a draw, where it depends on the draw).
         tolerance: stop as soon as every standard error is at most this.
         interactions: of pairs as well.
+        enough: stop as soon as this is true of the gains [n, U] of n >= 2 orders so far; see `leads`.
 
     Raises:
         ValueError: the budget does not reach two orders.
     """
     count = len(game.names)
     each = 1 + 2 * (count - 1) * (2 if interactions else 1)
-    pairs = (budget - 1) // each
+    most = game.draws if game.on_varies else 1  # times that all on is asked
+    pairs = max((budget - most) // each, min(budget // (each + 1), most))
     if pairs < 2:
         raise ValueError(
-            f"budget={budget}: two orders of {count} units and their reverses take {2 * each + 1} evaluations; give a "
-            "larger budget or fewer units, or method='gradient' or 'regression'"
+            f"budget={budget}: two orders of {count} units and their reverses take {2 * each + min(2, most)} "
+            "evaluations; give a larger budget or fewer units, or method='gradient' or 'regression'"
         )
     rng = np.random.default_rng(seed)
-    at_once = max(1, min(pairs, 256 // each))
-    gains, offs, crossed = [], [], []
-    on = float(game.values(np.ones((1, count)), np.zeros(1, np.int64))[0])
+    may_stop = tolerance is not None or enough is not None
+    room = 256 if not may_stop else 64 if each < 32 else 128  # rows between two looks at the rules, all on among them
+    at_once = max(1, min(pairs, (room - 1) // each))
+    gains, ons, offs, crossed = [], [], [], []
+    on_by_draw: dict[int, float] = {}
     while len(gains) < pairs:
-        fresh = range(len(gains), min(pairs, len(gains) + at_once))
-        draws = [number % game.draws for number in fresh]
-        orders = [rng.permutation(count) for _ in fresh]
-        masks = [_masks(order, interactions) for order in orders]
-        values = game.values(np.concatenate(masks), np.repeat(draws, [len(m) for m in masks]))
-        for order, found in zip(orders, values.reshape(len(orders), -1), strict=True):
-            gain, cross = _gains(order, found, on, interactions)
+        draws = [number % game.draws for number in range(len(gains), min(pairs, len(gains) + at_once))]
+        orders = [rng.permutation(count) for _ in draws]
+        tops = draws if game.on_varies else [0] * len(draws)
+        new = [draw for draw in dict.fromkeys(tops) if draw not in on_by_draw]
+        # All on is asked together with the orders: a call of few rows costs as much as a full one.
+        masks = np.concatenate([np.ones((len(new), count)), *(_masks(order, interactions) for order in orders)])
+        values = game.values(masks, np.concatenate([new, np.repeat(draws, each)]).astype(np.int64))
+        on_by_draw |= dict(zip(new, values.tolist(), strict=False))
+        walks = values[len(new) :].reshape(len(orders), -1)
+        for order, draw, walk in zip(orders, tops, walks, strict=True):
+            gain, cross = _gains(order, walk, on_by_draw[draw], interactions)
             gains.append(gain)
-            offs.append(found[0])
+            ons.append(on_by_draw[draw])
+            offs.append(walk[0])
             crossed += cross
-        if tolerance is not None and len(gains) > 1 and standard_error(np.stack(gains)).max() <= tolerance:
+        if len(gains) > 1 and may_stop and _stops(np.stack(gains), tolerance, enough):
             break
     scores = np.stack(gains)
     both = _pairs(crossed, count) if interactions else (None, None)
-    return Found(scores.mean(0), standard_error(scores), on, float(np.mean(offs)), *both)
+    return Found(scores.mean(0), standard_error(scores), float(np.mean(ons)), float(np.mean(offs)), *both)
+
+
+def leads(count: int = 1, sign: int = 1, errors: float = 3.0, least: int = 4) -> Callable[[np.ndarray], bool]:
+    """A rule for `enough`: whether the `count` largest scores stand clear of all others.
+
+    The smallest of them must lead every other unit by `errors` standard errors of the difference, orders being shared
+    by all units. Looked at often, the rule is a little more generous than its number says.
+
+    Args:
+        sign: 1 for the largest scores, -1 for the most negative.
+        least: orders before the rule is asked.
+    """
+
+    def rule(gains: np.ndarray) -> bool:
+        if len(gains) < least:
+            return False
+        order = np.argsort(-sign * gains.mean(0), kind="stable")
+        gap = sign * (gains[:, order[count - 1], None] - gains[:, order[count:]])
+        return bool((gap.mean(0) > errors * standard_error(gap)).all())
+
+    return rule
+
+
+def _stops(gains: np.ndarray, tolerance: float | None, enough: Callable[[np.ndarray], bool] | None) -> bool:
+    exact = tolerance is not None and standard_error(gains).max() <= tolerance
+    return bool(exact or (enough is not None and enough(gains)))
 
 
 def _masks(order: np.ndarray, interactions: bool) -> np.ndarray:

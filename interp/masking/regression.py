@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from interp.masking.game import Found, Game, ends, standard_error
+from interp.masking.game import Found, Game, ends_of_draws, standard_error
 
 
 def regression(game: Game, *, budget: int = 2048, tolerance: float | None = None, seed: int = 0) -> Found:
@@ -28,8 +28,8 @@ def regression(game: Game, *, budget: int = 2048, tolerance: float | None = None
     if budget < 2 * count + 1 + game.draws:
         raise ValueError(f"budget={budget}: {count} units need {2 * count + 1 + game.draws} evaluations or more")
     rng = np.random.default_rng(seed)
-    on, offs = ends(game, np.arange(game.draws))
-    pairs = (budget - 1 - game.draws) // 2
+    on, offs = ends_of_draws(game, np.arange(game.draws))
+    pairs = (budget - (game.draws if game.on_varies else 1) - game.draws) // 2
     masks, draws, values = np.zeros((0, count)), np.zeros(0, np.int64), np.zeros(0)
     target = pairs if tolerance is None else min(pairs, 4 * count)
     while True:
@@ -39,7 +39,7 @@ def regression(game: Game, *, budget: int = 2048, tolerance: float | None = None
         masks, draws = np.concatenate([masks, fresh]), np.concatenate([draws, own])
         scores, stderr = _fit(masks, values, on, offs, draws)
         if target == pairs or stderr.max() <= tolerance:
-            return Found(scores, stderr, on, float(offs.mean()))
+            return Found(scores, stderr, float(on.mean()), float(offs.mean()))
         target = min(pairs, 2 * target)
 
 

@@ -67,10 +67,10 @@ def pool_of(
         cache = prefill_prompts(model, tokens.tolist(), 1)
         rows = repeated(run, len(tokens))
         state = rows.state.replace(canvas=jnp.asarray(canvas), soft=jnp.zeros_like(rows.state.soft))
-        soft = _seen(model, state, cache, sampler, rows.pinned)[1]  # S that noise makes of itself
-        if int(run.state.step.max()):
-            state = state.replace(soft=soft)
-        seen = _seen(tapped(model, sites)[0], state, cache, sampler, rows.pinned)[0] if sites else {}
+        watched = tapped(model, sites)[0] if sites else model
+        seen, soft = _seen(watched, state, cache, sampler, rows.pinned)  # S that noise makes of itself
+        if sites and int(run.state.step.max()):
+            seen = _seen(watched, state.replace(soft=soft), cache, sampler, rows.pinned)[0]
         pool |= {"cache": cache.layers, "soft": soft, **seen}
     return {name: pool[name] for name in places}, len(tokens)
 

@@ -100,7 +100,7 @@ class CommitOrder(Saved):
             axes.axhline(found["control"][0], color=line.get_color(), linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="positions in a bin", ylabel="tau-b of commit and position")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         return figure
 
     def __repr__(self) -> str:

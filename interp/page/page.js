@@ -132,6 +132,54 @@ const report = (() => {
       el("div", {class: "barbox", style: {width: `${width}px`}}, bar, el("div", {class: "ticks"}, marks)));
   }
 
+  // A chart over the steps of the block, which follows the state and moves it. `make()` gives what to draw of the block:
+  // {title, names, height, low, high, ticks, draw(x, y, thick), tell(i)}; x takes steps from 1, tell entries from 0.
+  function stepChart(element, make) {
+    const [LEFT, RIGHT, TOP] = [54, 10, 6];
+    const root = el("div", {class: "curves"});
+    element.append(root);
+    let chart = null, reading = null, now = null, x = null;
+    function move() {
+      now.setAttribute("visibility", state.step ? "visible" : "hidden");
+      if (state.step) for (const end of ["x1", "x2"]) now.setAttribute(end, x(state.step));
+      reading.textContent = state.step ? chart.tell(state.step - 1) : "–";
+    }
+    function lay() {
+      chart = make();
+      const {height, low, high} = chart, n = block().num_steps, width = Math.max(260, root.clientWidth || 700);
+      const span = width - LEFT - RIGHT, every = Math.ceil((n * 26) / span);
+      x = (step) => LEFT + (span * (step - 0.5)) / n;
+      const y = (value) => TOP + (height - TOP - 4) * (1 - (value - low) / (high - low || 1));
+      now = svg("line", {class: "now", y1: 0, y2: height});
+      reading = el("b", {});
+      const numbered = Array.from({length: n}, (_, i) => i + 1).filter((t) => t === 1 || (t % every === 0 && n - t >= every) || t === n);
+      const picture = svg("svg", {width, height: height + 18, viewBox: `0 0 ${width} ${height + 18}`, role: "img",
+        "aria-label": `${chart.title}, for each of ${n} steps`},
+        chart.ticks.map(([value, text]) => [svg("line", {class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value)}),
+          svg("text", {class: "tick", x: LEFT - 6, y: y(value) + 3.5, "text-anchor": "end"}, text)]),
+        chart.draw(x, y, Math.max(2, (span / n) * 0.62), [LEFT, width - RIGHT]), now,
+        svg("text", {class: "tick", x: 0, y: height + 12}, "step"),
+        numbered.map((t) => svg("text", {class: "tick", x: x(t), y: height + 12, "text-anchor": "middle"}, String(t))));
+      root.replaceChildren(el("figure", {class: "chart"},
+        el("figcaption", {}, el("span", {}, chart.title), chart.names ?? [], reading), picture));
+      move();
+    }
+    const go = (event) => {
+      const box = root.getBoundingClientRect();
+      set({step: clamp(Math.floor(((event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT)) * block().num_steps) + 1, 1, block().num_steps)});
+    };
+    root.addEventListener("pointerdown", go);
+    root.addEventListener("pointermove", (event) => { if (event.buttons & 1) go(event); });
+    on((after, before) => (!before || after.block !== before.block ? lay() : move()));
+    let width = 0;
+    new ResizeObserver(() => {
+      if (root.clientWidth !== width) {
+        width = root.clientWidth;
+        lay();
+      }
+    }).observe(root);
+  }
+
   // ---- start ----------------------------------------------------------------------------------
 
   function readTheme() {
@@ -196,7 +244,7 @@ const report = (() => {
   const api = {
     data, state, set, on, panel, start, block, clamp, el, svg, tokenEl, tokenOf, isSpecial, canvasAt,
     acceptedAt, droppedAt, entropyAt, number, percent, plural, ramp, inkOn, entropyFraction, entropyColour,
-    entropyTicks, cssColour, legendBar, readTheme,
+    entropyTicks, cssColour, legendBar, stepChart, readTheme,
   };
   return api;
 })();

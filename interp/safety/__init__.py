@@ -1,0 +1,1 @@
+"""The safety audit: what refuses and why, what gets around it, what was planted, and what hardening changes."""

@@ -1,0 +1,111 @@
+"""Which words of a prompt carry its refusal: each is replaced by words of harmless prompts, and the margin read again.
+
+    effect(w) = mean over K draws of [ margin(prompt) - margin(prompt with w replaced) ]      error = sd / sqrt(K)
+
+A draw takes another replacement and another start canvas; the prompt and all its variants share the canvas, so the
+error bar holds both. One step is taken: there all that decides comes from the prompt. A word whose effect is large is
+needed here; it need not be enough, and of two words of which either would do neither shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dgemma_jax.config import SamplerConfig
+from dgemma_jax.diffusion import prompts as inputs
+from interp.safety.watched_runs import Watch, watched_runs
+
+UNITS = 24  # units of a prompt at most: of a longer one several words in a row make a unit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordEffects:
+    """Effects of one prompt's words on its refusal margin, nats.
+
+    Attributes:
+        words: [W] units, as they stand in the prompt.
+        effects, errors: [W] and their standard errors.
+        margin: of the prompt itself, a mean over the draws.
+    """
+
+    words: tuple[str, ...]
+    effects: np.ndarray
+    errors: np.ndarray
+    margin: float
+
+    def needed(self, least: float) -> tuple[int, ...]:
+        """Units whose effect is at least so much and above twice its error, the largest first."""
+        sure = (self.effects >= least) & (self.effects > 2 * self.errors)
+        return tuple(int(i) for i in np.argsort(-self.effects, kind="stable") if sure[i])
+
+
+def units_of(text: str, most: int = UNITS) -> tuple[list[str], list[str]]:
+    """W units and the W + 1 pieces of space around them: `space[0] unit[0] space[1] ...` is the text again."""
+    found = list(re.finditer(r"\S+", text))
+    parts = [part for part in np.array_split(np.arange(len(found)), min(most, max(len(found), 1))) if len(part)]
+    spans = [(found[part[0]].start(), found[part[-1]].end()) for part in parts]
+    edges = [0, *(at for span in spans for at in span), len(text)]
+    return [text[a:b] for a, b in spans], [text[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2)]
+
+
+def joined(units: Sequence[str], spaces: Sequence[str]) -> str:
+    """The text of units and the space around them."""
+    return spaces[0] + "".join(unit + space for unit, space in zip(units, spaces[1:], strict=True))
+
+
+def word_effects(
+    bundle: Any, texts: Sequence[str], pool: Sequence[str], watch: Watch, *, draws: int = 4, seed: int = 0,
+    rows: int = 128, most: int = UNITS, sampler: SamplerConfig | None = None,
+    done: Callable[[int], None] | None = None,
+) -> list[WordEffects]:  # fmt: skip
+    """Effects of the words of every text.
+
+    Args:
+        pool: words to put in, of harmless prompts; a text's own words are not drawn for it. Empty: words are left out.
+        watch: its openings are what is read.
+        draws: K, at least 2.
+        rows: of a compiled call.
+
+    Raises:
+        ValueError: fewer than 2 draws, a text or word that has no ids.
+    """
+    if draws < 2:
+        raise ValueError(f"draws={draws}: an error bar needs at least 2")
+    model, tokenizer, default = inputs.parts(bundle)
+    rng = np.random.default_rng(seed)
+    pool, watch = sorted(set(pool)), dataclasses.replace(watch, sites=())
+    split = [units_of(text, most) for text in texts]
+    variants, seeds, widths = [], [], []
+    for number, (units, spaces) in enumerate(split):
+        allowed = [word for word in pool if word not in units] or [""]
+        widths.append(len(units) + 1)
+        for draw in range(draws):
+            drawn = rng.choice(len(allowed), len(units))
+            variants.append(texts[number])
+            for at in range(len(units)):
+                put = allowed[drawn[at]] if len(units) > 1 or allowed[drawn[at]] else units[at]
+                variants.append(joined([*units[:at], put, *units[at + 1 :]], spaces))
+            seeds += [seed + number * draws + draw] * (len(units) + 1)
+    ids = inputs.to_ids(variants, tokenizer, model.config.vocab_size)
+    one_step = (default if sampler is None else sampler).replace(max_denoising_steps=1)
+    runs = watched_runs(
+        bundle, ids, watch, seeds=[s % 2**32 for s in seeds], drafts=False, batch=rows, sampler=one_step, done=done
+    )
+    margins = np.array([run[0].margins[0] for run in runs])
+    found, first = [], 0
+    for (units, _), width in zip(split, widths, strict=True):
+        own = margins[first : first + draws * width].reshape(draws, width)
+        first += draws * width
+        drops = own[:, :1] - own[:, 1:]
+        found.append(
+            WordEffects(
+                words=tuple(units), effects=drops.mean(0), errors=drops.std(0, ddof=1) / np.sqrt(draws),
+                margin=float(own[:, 0].mean()),
+            )
+        )  # fmt: skip
+    return found

@@ -1,0 +1,93 @@
+"""What a study was made of: enough to make it again, and to refuse to go on with anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dgemma_jax.nn.functional import of
+from interp.fingerprint import fingerprint
+from interp.studies.prompt_files import StudyPrompts
+
+NAME = "manifest.json"
+PACKAGES = ("dgemma-jax", "jax", "jaxlib", "flax", "numpy", "matplotlib", "tokenizers")
+
+
+def described(bundle: Any, prompts: StudyPrompts, sampler: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest. It holds no time and no path, so that a study made again has the same."""
+    model = of(bundle)
+    text = json.dumps([dataclasses.asdict(prompt) for prompt in prompts.prompts], sort_keys=True)
+    device = jax.devices()[0]
+    return {
+        "model": {
+            "name": Path(str(getattr(bundle, "source", None))).name, "fingerprint": fingerprint(bundle),
+            "parameters": model.config.num_parameters, "dtype": str(model.dtype),
+        },
+        "prompts": {
+            "count": len(prompts.prompts), "broken": list(prompts.broken),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        },
+        "sampler": dataclasses.asdict(sampler),
+        "settings": dict(settings),
+        "device": f"{device.platform} {device.device_kind}",
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+    }  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source"
+
+
+def claim(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest into a directory, or find that the study there is this one.
+
+    Raises:
+        ValueError: the directory holds another study; says what differs.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path, text = out / NAME, json.dumps(manifest, indent=1)
+    if path.exists():
+        there, now = json.loads(path.read_text("utf-8")), json.loads(text)
+        differing = sorted(f"{a}.{b}" for a in now for b in _keys(now[a], there.get(a)))
+        if differing:
+            raise ValueError(f"{out} holds another study ({', '.join(differing)} differ); give another directory")
+        return
+    if any(out.glob("*.npz")) or (out / "parts").exists():
+        raise ValueError(f"{out} holds rows without a manifest; give an empty directory")
+    write_text(path, text + "\n")
+
+
+def _keys(now: Any, there: Any) -> list[str]:
+    """Keys of the entry that differ."""
+    if now == there:
+        return []
+    if not isinstance(now, dict) or not isinstance(there, dict):
+        return ["value"]
+    return [key for key in {**now, **there} if now.get(key) != there.get(key)]
+
+
+def clear(out: Path) -> None:
+    """Take away what a run that was killed had half written."""
+    for folder in (out, out / "parts"):
+        for left in (*folder.glob("*.part"), *folder.glob("*.part.npz")):
+            left.unlink()
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file that is there whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
+    return path

@@ -1,0 +1,145 @@
+"""A study: statistics of thousands of generations, in batches, that goes on where it was cut off.
+
+The directory of a study:
+
+| file | content |
+|---|---|
+| manifest.json | model, prompts, sampler, settings, versions; written first |
+| parts/00000.npz, ... | the rows of each batch, written when it is done; they may go when the study is finished |
+| generations.npz | all rows, in the order of the prompts (`interp.studies.columns` says how to read it) |
+| summary.json, summary.txt, figures/*.png | what is made of them |
+
+Which rows make a batch depends on the prompts and settings alone, and a file is there whole or not at all. A study
+that was killed and run again leaves the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dgemma_jax as dg
+from dgemma_jax.diffusion import prompts as inputs
+from interp.progress import bar
+from interp.questions import GRADERS
+from interp.studies import batches, columns, manifest, statistics_table
+from interp.studies.prompt_files import StudyPrompt, StudyPrompts
+from interp.studies.results import ROWS, Study
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A generation to be made."""
+
+    prompt: StudyPrompt
+    arm: str
+    ids: list[int]
+    seed: int
+
+
+def study(
+    name: str, bundle: Any, prompts: Any, out: str | Path, *, seeds: int = 1, seed: int = 0,
+    sampler: dg.SamplerConfig | None = None, max_new_tokens: int = 256, batch: int | None = None,
+    grade: str = "exact", monitors: Mapping[str, str] | None = None, thinking: bool = False,
+    progress: bool | None = None,
+) -> Study:  # fmt: skip
+    """Generate an answer to every prompt and keep statistics of how each came about.
+
+    Args:
+        name: statistics of `interp.studies.statistics_table.STATISTICS`, with commas between, or "all".
+        bundle: a bundle with a tokenizer, edited or not; weights may lie on a mesh (`dg.load(mesh=)`).
+        prompts: a JSONL file, `interp.Questions`, or a list (see `interp.studies.prompt_files`). Lines that are none,
+            and prompts that the model cannot take, are left out and named in the manifest.
+        out: directory of the study. Run it again with the same arguments to go on.
+        seeds: generations of each prompt, under seed, seed + 1, ...
+        sampler, max_new_tokens, thinking: as for `dg.generate`.
+        batch: generations at a time; by default what fits.
+        grade: how an answer is met, "exact" or "contains"; prompts without answer are not graded.
+        monitors: regular expressions by name, for the statistic "monitorability"; by default a probe.
+        progress: a bar; by default in a terminal.
+
+    Raises:
+        ValueError: an unknown statistic or grade, no usable prompt, a directory that holds another study.
+    """
+    chosen = statistics_table.chosen(name)
+    if seeds < 1 or (batch is not None and batch < 1) or grade not in GRADERS:
+        raise ValueError(f"needed are seeds >= 1, batch >= 1, grade of {', '.join(GRADERS)}; got {seeds=}, {batch=}, "
+                         f"{grade=}")  # fmt: skip
+    out = Path(out)
+    arms = next(iter(chosen.values())).arms
+    given, ids = _usable(bundle, StudyPrompts.of(prompts), arms, max_new_tokens, thinking)
+    rows = [
+        _Row(prompt, arm, ids[prompt.id][arm], seed + n) for prompt in given.prompts for arm in arms
+        for n in range(seeds)
+    ]  # fmt: skip
+    sampler = inputs.parts(bundle)[2] if sampler is None else sampler
+    size = min(len(rows), batches.that_fit(bundle) if batch is None else batch)
+    settings = {
+        "statistics": list(chosen), "seeds": seeds, "seed": seed, "max_new_tokens": max_new_tokens, "batch": size,
+        "grade": grade, "monitors": dict(monitors or {}), "thinking": thinking,
+    }  # fmt: skip
+    about = manifest.described(bundle, given, sampler, settings)
+    manifest.claim(out, about)
+    manifest.clear(out)
+    if not (out / ROWS).exists():
+        record = statistics_table.record_for(bundle, chosen.values())
+        plan = batches.planned([len(row.ids) for row in rows], size)
+        (out / "parts").mkdir(exist_ok=True)
+        with bar(f"study {name}", len(rows), progress, "generations") as done:
+            for number, own in enumerate(plan):
+                path = out / "parts" / f"{number:05d}.npz"
+                if not path.exists():
+                    part = [rows[i] for i in batches.filled(own, size)]
+                    made = dg.generate(
+                        bundle, [row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record
+                    )  # fmt: skip
+                    found = _said(part, made, grade) | statistics_table.measured(bundle, made, chosen.values())
+                    columns.write(path, {name: values[: len(own)] for name, values in found.items()})
+                done(len(own))
+        parts = [columns.read(out / "parts" / f"{number:05d}.npz") for number in range(len(plan))]
+        columns.write(out / ROWS, columns.joined(parts, np.argsort(np.concatenate(plan))))
+    found = Study.load(out)
+    found.save(out)
+    return found
+
+
+def _said(part: list[_Row], made: dg.Generation, grade: str) -> columns.Columns:
+    """What a row is, and whether it is right (NaN without an answer)."""
+    right = [
+        float("nan") if row.prompt.answer is None else float(GRADERS[grade](text or "", row.prompt.answer))
+        for row, text in zip(part, made.texts, strict=True)
+    ]
+    return {
+        "id": [row.prompt.id for row in part], "group": [row.prompt.group for row in part],
+        "arm": [row.arm for row in part], "seed": np.array([row.seed for row in part]), "right": np.array(right),
+    }  # fmt: skip
+
+
+def _usable(
+    bundle: Any, given: StudyPrompts, arms: tuple[str, ...], max_new_tokens: int, thinking: bool
+) -> tuple[StudyPrompts, dict[str, dict[str, list[int]]]]:
+    """The prompts that the model can take, and the ids of each arm."""
+    model, tokenizer, _ = inputs.parts(bundle)
+    config = model.config
+    room = config.max_position_embeddings - -(-max_new_tokens // config.canvas_length) * config.canvas_length
+    ids, broken = {}, list(given.broken)
+    for prompt in given.prompts:
+        try:
+            if len(arms) > 1 and (prompt.intervention is None or prompt.answer is None):
+                raise ValueError('a study of two arms needs "intervention" and "answer"')
+            own = {
+                arm: inputs.to_ids([getattr(prompt, arm)], tokenizer, config.vocab_size, thinking)[0] for arm in arms
+            }
+            longest = max(map(len, own.values()))
+            if longest > room:
+                raise ValueError(f"{longest} tokens, and the context has room for {room} beside the answer")
+            ids[prompt.id] = own
+        except (ValueError, KeyError, TypeError) as error:
+            broken.append(f"line {prompt.line}: {error}")
+    if not ids:
+        raise ValueError("no prompt is usable: " + "; ".join(broken[:5]))
+    return StudyPrompts(tuple(p for p in given.prompts if p.id in ids), tuple(broken)), ids
