@@ -171,13 +171,18 @@ const report = (() => {
     root.addEventListener("pointerdown", go);
     root.addEventListener("pointermove", (event) => { if (event.buttons & 1) go(event); });
     on((after, before) => (!before || after.block !== before.block ? lay() : move()));
+    onWidth(root, lay);
+  }
+
+  // Called with the first width and with every other one: a figure is laid out in pixels.
+  function onWidth(element, lay) {
     let width = 0;
     new ResizeObserver(() => {
-      if (root.clientWidth !== width) {
-        width = root.clientWidth;
+      if (element.clientWidth !== width) {
+        width = element.clientWidth;
         lay();
       }
-    }).observe(root);
+    }).observe(element);
   }
 
   // ---- start ----------------------------------------------------------------------------------
@@ -244,7 +249,7 @@ const report = (() => {
   const api = {
     data, state, set, on, panel, start, block, clamp, el, svg, tokenEl, tokenOf, isSpecial, canvasAt,
     acceptedAt, droppedAt, entropyAt, number, percent, plural, ramp, inkOn, entropyFraction, entropyColour,
-    entropyTicks, cssColour, legendBar, stepChart, readTheme,
+    entropyTicks, cssColour, legendBar, stepChart, onWidth, readTheme,
   };
   return api;
 })();

@@ -51,11 +51,5 @@ report.panel("commit-order", (element, view) => {
     set({position: clamp(Math.floor((event.clientX - box.left - LEFT) / each), 0, block().start.length - 1), pinned: true});
   });
   view.on((after, before) => (!before || after.block !== before.block ? lay() : move()));
-  let width = 0;
-  new ResizeObserver(() => {
-    if (root.clientWidth !== width) {
-      width = root.clientWidth;
-      lay();
-    }
-  }).observe(root);
+  report.onWidth(root, lay);
 });

@@ -114,12 +114,8 @@ report.panel("curves", (element, view) => {
     if (!before || now.block !== before.block) lay();
     for (const move of cursors) move(now.step);
   });
-  let width = 0;
-  new ResizeObserver(() => {
-    if (root.clientWidth !== width) {
-      width = root.clientWidth;
-      lay();
-      for (const move of cursors) move(state.step);
-    }
-  }).observe(root);
+  report.onWidth(root, () => {
+    lay();
+    for (const move of cursors) move(state.step);
+  });
 });

@@ -117,11 +117,5 @@ report.panel("lens", (element, view) => {
     place(shares, after.step - 1);
     tell();
   });
-  let width = 0;
-  new ResizeObserver(() => {
-    if (element.clientWidth !== width) {
-      width = element.clientWidth;
-      layAll();
-    }
-  }).observe(element);
+  report.onWidth(element, layAll);
 });

@@ -232,11 +232,5 @@ report.panel("maps", (element, view) => {
     for (const name of names.children) name.classList.toggle("here", Number(name.dataset.position) === now.position);
     tell(now.step, now.position);
   });
-  let width = 0;
-  new ResizeObserver(() => {
-    if (element.clientWidth !== width) {
-      width = element.clientWidth;
-      layAll();
-    }
-  }).observe(element);
+  report.onWidth(element, layAll);
 });

@@ -101,11 +101,5 @@ report.panel("patch", (element, view) => {
     if (!before || after.theme !== before.theme || after.step !== before.step) layAll();
     tell();
   });
-  let width = 0;
-  new ResizeObserver(() => {
-    if (element.clientWidth !== width) {
-      width = element.clientWidth;
-      layAll();
-    }
-  }).observe(element);
+  report.onWidth(element, layAll);
 });
