@@ -105,7 +105,7 @@ def test_interaction_index_of_three_is_shared_out():
 
 
 def test_gates_keep_the_fewest_units_within_the_margin():
-    found = gates(FunctionGame(lambda m: 5 * m[:, 1] * m[:, 3] + 0.1 * m[:, 0], NAMES), margin=0.5)
+    found = gates(FunctionGame(lambda m: 5 * m[:, 1] * m[:, 3] + 0.1 * m[:, 0], NAMES), margin=0.5, budget=600)
     assert found.kept.tolist() == [False, True, False, True, False]
     assert found.scores[[1, 3]].min() > 0.9 > 0.5 > found.scores[[0, 2, 4]].max()
 

@@ -100,13 +100,18 @@ def curves(lines: Mapping[str, Sequence[float | None]], *, low: float | None = N
     def place(step: int, value: float) -> str:
         return f"{34 + 200 * step / max(steps - 1, 1):.1f},{8 + 64 * (top - value) / span:.1f}"
 
-    drawn = []
+    drawn: list[str] = []
+    names: list[float] = []
     for number, (name, line) in enumerate(lines.items()):
         at = [(s, v) for s, v in enumerate(line) if v is not None]
         points = " ".join(place(s, v) for s, v in at)
         x, y = place(*at[-1]).split(",") if at else ("0", "0")
+        beside = float(y) + 3
+        while any(abs(beside - other) < 9 for other in names):  # names of lines that end together
+            beside += 9
+        names.append(beside)
         drawn.append(f'<g class="line{number}"><polyline points="{points}"/><circle cx="{x}" cy="{y}" r="2"/>'
-                     f'<text x="{float(x) + 5:.1f}" y="{float(y) + 3:.1f}">{html.escape(name)}</text></g>')  # fmt: skip
+                     f'<text x="{float(x) + 5:.1f}" y="{beside:.1f}">{html.escape(name)}</text></g>')  # fmt: skip
     axis = f'<text x="2" y="12">{top:.3g}</text><text x="2" y="74">{bottom:.3g}</text>'
     level = place(0, 0).split(",")[1]
     zero = f'<line x1="34" x2="234" y1="{level}" y2="{level}"/>' if bottom < 0 < top else ""
@@ -251,7 +256,7 @@ def _prompt(row: Mapping[str, Any]) -> str:
     parts = [f'<h3>Prompt</h3><pre dir="auto">{visible(row["text"])}</pre>']
     parts += [f"<p><small>{visible(note)}</small></p>" for note in row["notes"]]
     if row["why_not"] is not None:
-        parts.append(f"<p>Not run: {visible(row['why_not'])}</p>")
+        parts.append(f"<p>Not run: {visible(row['why_not'], 300)}</p>")
     else:
         parts += _evidence(row)
     head = f'<span class="verdict {said.replace(" ", "-")}">{said}</span> <small>line {row["line"]}</small> '

@@ -224,7 +224,11 @@ def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength:
 
 def words(task: Task, rows: list[Row], draws: int) -> None:
     """Adds the effect of every word on the refusal margin, with its standard error."""
-    pool = sorted({word for row in rows if row["verdict"] == COMPLIANCE for word in row["text"].split()})
+    def held(kind: str) -> set[str]:
+        return {word for row in rows if row["verdict"] == kind and not row["phrase"] for word in row["text"].split()}
+
+    # A word that refusals hold too may put back what its place lost.
+    pool = sorted(held(COMPLIANCE) - held(REFUSAL) or held(COMPLIANCE))
 
     def work(first: int, part: Sequence[Row]) -> list[Row]:
         found = word_effects(

@@ -123,9 +123,12 @@ def _detectors(data: Mapping[str, Any]) -> Point | None:
     if not found:
         return None
     best = max(found["auroc"])
-    text = f"A detector that knows ordinary answers only tells jailbroken runs apart with an AUROC of up to {best:.2f}"
+    text = f"A detector that knows ordinary answers only does not tell jailbroken runs apart (AUROC at most {best:.2f})"
     if found["first"] is not None:
-        text += f", better than chance from step {found['first'] + 1} on"
+        text = (
+            "A detector that knows ordinary answers only tells jailbroken runs apart with an AUROC of up to "
+            f"{best:.2f}, better than chance from step {found['first'] + 1} on"
+        )
     return Point("Detection", f"{text}; between two halves of ordinary runs it reads {found['null'][0]:.2f} at step 1.")
 
 
@@ -167,13 +170,16 @@ def limits(data: Mapping[str, Any]) -> list[str]:
     ]
     if not data["manifest"]["settings"]["opens"]:
         told.append("No opening of a refusal can be written in this vocabulary: margins and saliency are all zero.")
-    if not data["manifest"]["settings"]["synonyms"]:
+    parts = data["manifest"]["parts"]
+    if left_out := [name for name in ("words", "variants", "jailbreaks", "detectors") if name not in parts]:
+        told.append(f"Left out of this run: {', '.join(left_out)}.")
+    if "variants" in parts and not data["manifest"]["settings"]["synonyms"]:
         told.append("No synonyms were given, so none were tried.")
     if not data["brittleness"]["paraphrases"]["of"]:
         told.append("The file has no paraphrase pairs, so paraphrases were not tried.")
-    if not data["jailbreaks"]:
+    if "jailbreaks" in parts and not data["jailbreaks"]:
         told.append("The file has no minimal pairs with a phrase, so jailbreaks were not looked at.")
-    if not (data["detectors"] or {}).get("jailbreaks"):
+    if "detectors" in parts and not (data["detectors"] or {}).get("jailbreaks"):
         told.append("Too few jailbroken runs, or too few ordinary ones, for a detector.")
     if data["triggers"] is None:
         told.append("No trigger was searched for: give a reference, or call interp.find_triggers.")

@@ -25,6 +25,7 @@ from interp.features.projection import ablate_directions, orthonormal_rows
 from interp.safety.verdicts import REFUSAL, Rule
 
 ARMS = ("inside", "outside", "added")
+_AT_ONCE = 16  # prompts of a compiled call: always as many, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,16 +46,13 @@ class RefusalFeature:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Where it is added: layers whose own direction, taken out alone, ends half of the refusals or more.
+        """Where it is added: from the first layer that was chosen to the middle of the model, or to the last chosen.
 
-        Where that was not tried, from the first to the last layer that was chosen.
+        One layer is enough to take a direction out everywhere, and too little to put it in: later layers undo a push.
         """
         chosen = [self.found.places[k][2] for k in self.found.chosen]
-        if self.found.still is None:
-            return tuple(range(min(chosen), max(chosen) + 1))
-        ends = self.found.still <= self.found.still.max() / 2
-        works = {place[2] for place, good in zip(self.found.places, ends, strict=True) if good}
-        return tuple(sorted(works | set(chosen)))
+        middle = (max(place[2] for place in self.found.places) + 1) // 2
+        return tuple(range(min(chosen), max(*chosen, middle) + 1))
 
     @property
     def place(self) -> tuple[int, np.ndarray]:
@@ -91,10 +89,13 @@ class RefusalFeature:
 
 def last_residuals(bundle: Any, prompts: Sequence[Any], layers: Sequence[int]) -> np.ndarray:
     """[N, L, D] residuals of the causal pass at each prompt's last token."""
-    names = [f"layers.{layer}.resid_post" for layer in layers]
-    acts = capture_prompt(bundle, list(prompts), names)
-    last = acts.valid.sum(1) - 1
-    return acts.stack()[:, np.arange(len(last)), last].swapaxes(0, 1).astype(np.float32)
+    names, found = [f"layers.{layer}.resid_post" for layer in layers], []
+    for first in range(0, len(prompts), _AT_ONCE):
+        part = list(prompts[first : first + _AT_ONCE])
+        acts = capture_prompt(bundle, part + part[-1:] * (_AT_ONCE - len(part)), names)
+        last = acts.valid.sum(1) - 1
+        found.append(acts.stack()[:, np.arange(_AT_ONCE), last].swapaxes(0, 1)[: len(part)].astype(np.float32))
+    return np.concatenate(found)
 
 
 def find_refusal_feature(
@@ -104,8 +105,8 @@ def find_refusal_feature(
     """The feature of refused against answered prompts, chosen by what its removal does.
 
     Args:
-        refused, answered: prompts, at least 2 of each; of these the last `tried` (at most a third) of each are kept
-            back for the choice.
+        refused, answered: prompts, at least 2 of each. The last `tried` of each serve for the choice; directions come
+            from the others where there are three times as many, else from all.
         most: directions removed together at most.
         found: directions already chosen: then only what they are compared with is made.
 
@@ -114,9 +115,10 @@ def find_refusal_feature(
     """
     if min(len(refused), len(answered)) < 2:
         raise ValueError(f"a direction needs 2 prompts of each kind; {len(refused)} refused, {len(answered)} answered")
-    back = [max(1, min(tried, len(side) // 3)) for side in (refused, answered)]
+    # Of few prompts all serve for both: a choice by one or two of them picks any layer.
+    back = [tried if len(side) >= 3 * tried else 0 for side in (refused, answered)]
     source = [list(side)[: len(side) - n] for side, n in zip((refused, answered), back, strict=True)]
-    judge = [list(side)[len(side) - n :] for side, n in zip((refused, answered), back, strict=True)]
+    judge = [list(side)[-tried:] for side in (refused, answered)]
     if found is None:
         settings = sampler or getattr(bundle, "sampler", None)
         # What a direction breaks need not be waited for: runs that do not settle are cut short.

@@ -127,7 +127,9 @@ def find_triggers(
     tokens, valid, at = slots
     keys = noise.row_keys(np.arange(seed, seed + len(tokens)))
     given = (model, jnp.asarray(tokens), jnp.asarray(valid), jnp.asarray(at), keys, sampler)
-    none = float(_informations(*given[:2], jnp.asarray(_without(valid, at)), *given[3:], jnp.asarray(usable[:1]))[0])
+    at_once = max(1, rows // len(tokens))
+    hidden = (*given[:2], jnp.asarray(_without(valid, at)), *given[3:])
+    none = float(_informations(*hidden, jnp.asarray(usable[:1].repeat(at_once)))[0])  # the program of the search
     rng = np.random.default_rng(seed)
     count = 64 if count is None else count
     if method == "sweep":
@@ -136,7 +138,7 @@ def find_triggers(
         chosen, spent = rng.permutation(usable)[:count], 0
     else:
         chosen, spent = _towards(given, usable, count, rng)
-    scores = none - _tried(given, chosen, max(1, rows // len(tokens)), show)
+    scores = none - _tried(given, chosen, at_once, show)
     order = np.argsort(-scores, kind="stable")
     ids, scores = chosen[order], scores[order]
     confirm = min(confirm, len(ids))

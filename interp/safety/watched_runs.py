@@ -76,13 +76,19 @@ class WatchedRun:
 
 
 def batches_of_shape(lengths: Sequence[int], canvas: int, batch: int) -> Iterator[list[int]]:
-    """Indices in batches such that all of a batch fall into the same compiled program; fewer of long prompts."""
+    """Indices in batches such that all of a batch fall into the same compiled program; fewer of long prompts.
+
+    Prompts that fill no batch go with the next longer ones, if these are at most twice as long: padding is cheaper than
+    another program.
+    """
     by_shape: dict[tuple[int, int], list[int]] = {}
     for number, length in enumerate(lengths):
         by_shape.setdefault((bucket(length), bucket(length + canvas)), []).append(number)
-    for shape in sorted(by_shape):
-        group, size = by_shape[shape], rows_that_fit(shape[1], batch)
-        yield from (group[first : first + size] for first in range(0, len(group), size))
+    shapes, left = sorted(by_shape), []
+    for shape, longer in zip(shapes, [*shapes[1:], None], strict=True):
+        group, size = by_shape[shape] + left, rows_that_fit(shape[1], batch)
+        left = group if len(group) < size and longer is not None and longer[1] <= 2 * shape[1] else []
+        yield from (group[first : first + size] for first in range(0, 0 if left else len(group), size))
 
 
 def rows_that_fit(length: int, batch: int) -> int:
@@ -116,7 +122,7 @@ def watched_runs(
         record = dataclasses.replace(record, site_steps=(0,))  # the sites themselves need not be kept
     found: list[list[WatchedRun]] = [[] for _ in ids]
     for group in batches_of_shape([len(one) for one in ids], blocks * length, batch):
-        size = rows_that_fit(bucket(len(ids[group[0]]) + blocks * length), batch)
+        size = rows_that_fit(bucket(max(len(ids[i]) for i in group) + blocks * length), batch)
         rows = np.tile(group + [group[-1]] * (size - len(group)), arms)  # the last repeated: one program
         model = bundle if edited is None else edited(len(rows), rows)
         if watch.sites:
