@@ -51,7 +51,8 @@ class RefusalFeature:
         One layer is enough to take a direction out everywhere, and too little to put it in: later layers undo a push.
         """
         chosen = [self.found.places[k][2] for k in self.found.chosen]
-        middle = (max(place[2] for place in self.found.places) + 1) // 2
+        last = max(place[2] for place in self.found.places)
+        middle = min((last + 1) // 2, last - 1)  # a push of the prompt in the last layer reaches nothing
         return tuple(range(min(chosen), max(*chosen, middle) + 1))
 
     @property
