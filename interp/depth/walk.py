@@ -98,7 +98,10 @@ class Walk:
 
     def scan(self, eqn: Any, given: list[Value], where: str) -> list[Value]:
         params = eqn.params
-        consts, carries = params["num_consts"], params["num_carry"]
+        if "ft_in" in params:  # JAX 0.12
+            consts, carries, _ = map(len, params["ft_in"].unpack())
+        else:
+            consts, carries = params["num_consts"], params["num_carry"]
         constant, carried = given[:consts] + given[consts + carries :], given[consts : consts + carries]
 
         def body(fixed: list[Value], carry: list[Value]) -> list[Value]:
