@@ -13,7 +13,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dgemma_jax.bench import report
@@ -21,14 +20,15 @@ from dgemma_jax.bundle import Bundle, load
 from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.diffusion.generate import generate
 from dgemma_jax.nn import functional, transformer
-from dgemma_jax.nn.packed import FORMATS
+from dgemma_jax.nn.packed import FORMS
+from dgemma_jax.nn.quantized import nbytes
 from dgemma_jax.train import tasks
 
 COLUMNS = ("weights", "GB", "KL, nats", "KL, 99 %", "same token", "same answer")
 STEPS = 4  # of a block that are compared, from its first
 
 
-def compare(plain: Bundle, prompts: Any, forms: tuple[str, ...] = tuple(FORMATS), seed: int = 0) -> list[dict]:
+def compare(plain: Bundle, prompts: Any, forms: tuple[str, ...] = tuple(FORMS), seed: int = 0) -> list[dict]:
     """A row a format: {"weights", "GB", "KL, nats", "KL, 99 %", "same token", "same answer"}.
 
     KL(plain || packed) of a position's distribution before temperature; "same answer" is the share of prompts whose
@@ -37,7 +37,7 @@ def compare(plain: Bundle, prompts: Any, forms: tuple[str, ...] = tuple(FORMATS)
     Args:
         plain: the model in its own dtype.
         prompts: as of `generate`.
-        forms: of `nn.packed.FORMATS`.
+        forms: of `nn.packed.FORMS`.
         seed: of the generations.
     """
     out = generate(plain, prompts, seed=seed, max_new_tokens=plain.config.canvas_length)
@@ -49,10 +49,9 @@ def compare(plain: Bundle, prompts: Any, forms: tuple[str, ...] = tuple(FORMATS)
         pairs = [[_log_probs(bundle.model, moment) for bundle in (plain, packed)] for moment in moments]
         divergence = np.concatenate([np.ravel((np.exp(a) * (a - b)).sum(-1)) for a, b in pairs])
         same = np.concatenate([np.ravel(a.argmax(-1) == b.argmax(-1)) for a, b in pairs])
-        size = sum(x.size * (0.5 if x.dtype == jnp.int4 else x.dtype.itemsize) for x in jax.tree.leaves(packed.model))
         values = (
-            form, size / 1e9, float(divergence.mean()), float(np.quantile(divergence, 0.99)), float(same.mean()),
-            float(np.mean((out.tokens == other.tokens).all(-1))),
+            form, nbytes(packed.model) / 1e9, float(divergence.mean()), float(np.quantile(divergence, 0.99)),
+            float(same.mean()), float(np.mean((out.tokens == other.tokens).all(-1))),
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument(
         "--count", type=int, default=40, metavar="N", help="prompts of each task of the embedded models (40)"
     )
-    command.add_argument("--k", type=listed(int), metavar="K,..", help="tokens kept (0,1,2,4,8,16,32,64)")
-    command.add_argument("--p", type=listed(float), metavar="P,..", help="least probabilities (0.1 to 0.001)")
+    command.add_argument("--k", type=common.listed(int), metavar="K,..", help="tokens kept (0,1,2,4,8,16,32,64)")
+    command.add_argument("--p", type=common.listed(float), metavar="P,..", help="least probabilities (0.1 to 0.001)")
     command.add_argument(
-        "--samplers", type=listed(str), default=["default", "gentle"], metavar="S,..",
+        "--samplers", type=common.listed(str), default=["default", "gentle"], metavar="S,..",
         help="default, gentle, matched: gentle in as many steps as default (default,gentle)",
     )  # fmt: skip
     command.add_argument("--grade", choices=("exact", "contains"), default="exact", help="how answers are met (exact)")
@@ -41,18 +40,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results are written")
     command.set_defaults(run=run)
     return command
-
-
-def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Reads "1,2,4"; an empty text is an empty list."""
-
-    def read(text: str) -> list[Any]:
-        try:
-            return [kind(part) for part in text.split(",") if part]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"needed are values with commas between, got {text!r}") from error
-
-    return read
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dgemma_jax.bundle import Bundle
@@ -26,6 +27,18 @@ def add_generation(command: argparse.ArgumentParser, tokens: int | None = 256) -
     most = f"at most this many tokens ({'one canvas' if tokens is None else tokens})"
     command.add_argument("--max-new-tokens", type=int, default=tokens, metavar="N", help=most)
     command.add_argument("--steps", type=int, metavar="N", help="at most this many denoising steps a block")
+
+
+def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Reads "1,2,4"; an empty text is an empty list."""
+
+    def read(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",") if part]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"needed are values with commas between, got {text!r}") from error
+
+    return read
 
 
 def load(args: argparse.Namespace) -> Bundle:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dgemma_jax.cli import bottleneck, info
+from dgemma_jax.cli import common, info
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -20,10 +20,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("model", nargs="?", default="nano", help="name, directory or released hub id (nano)")
     command.add_argument("--context", type=int, metavar="N", help="tokens before the canvas; by default all it holds")
     command.add_argument(
-        "--steps", type=bottleneck.listed(int), default=[1, 48], metavar="T,..", help="denoising steps (1,48)"
+        "--steps", type=common.listed(int), default=[1, 48], metavar="T,..", help="denoising steps (1,48)"
     )
     command.add_argument(
-        "--cuts", type=bottleneck.listed(str), default=["cache"], metavar="C,..",
+        "--cuts", type=common.listed(str), default=["cache"], metavar="C,..",
         help="what can be read: canvas, S, cache, or globs of sites (cache)",
     )  # fmt: skip
     command.add_argument(

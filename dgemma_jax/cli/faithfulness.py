@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dgemma_jax.cli import bottleneck, common
+from dgemma_jax.cli import common
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         metavar="FILE",
         help='JSONL, {"prompt": ..., "target": words of the answer} a line; needed for models without planted tasks',
     )
-    command.add_argument("--methods", type=bottleneck.listed(str), metavar="M,..", help="by default all that rank")
+    command.add_argument("--methods", type=common.listed(str), metavar="M,..", help="by default all that rank")
     command.add_argument("--budget", type=int, default=256, metavar="N", help="evaluations of a map (256)")
     command.add_argument("--sanity", type=int, default=2, metavar="N", help="cases put to shuffled weights as well (2)")
     command.add_argument("--seed", type=int, default=0, help="(0)")

@@ -70,7 +70,7 @@ def tensors(config: ModelConfig) -> dict[str, list[int]]:
 
 def describe(name: str, config: ModelConfig) -> dict[str, Any]:
     """Everything that `dgemma info` says, as plain values; bytes are of one row."""
-    from dgemma_jax.cli import memory
+    from dgemma_jax.cli import common, memory
     from dgemma_jax.weights import registry
 
     fields = dataclasses.asdict(config)
@@ -88,14 +88,14 @@ def describe(name: str, config: ModelConfig) -> dict[str, Any]:
             **memory.parameters(config),
         },
         "bytes": {
-            "weights": {kind: memory.weight_bytes(config, kind) for kind in (*memory.DTYPES, *memory.FORMS)},
+            "weights": {kind: memory.weight_bytes(config, kind) for kind in (*memory.DTYPES, *common.FORMS)},
             "cache_per_token": memory.cache_bytes_per_token(config),
             "cache": {name: memory.cache_bytes(config, tokens) for name, tokens in contexts.items()},
             "logits": memory.logits_bytes(config),
         },
         "devices": {
             "tokens": smallest,
-            **{dtype: memory.devices_needed(config, dtype, smallest) for dtype in ("bfloat16", *memory.FORMS)},
+            **{dtype: memory.devices_needed(config, dtype, smallest) for dtype in ("bfloat16", *common.FORMS)},
         },
     }
 

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 
 from dgemma_jax.config import ModelConfig
 from dgemma_jax.nn import cache, quantized, transformer
-from dgemma_jax.nn.packed import FORMATS
 from dgemma_jax.weights import tree
 
 DTYPES = ("float32", "bfloat16")
-FORMS = tuple(FORMATS)  # weights in few bits, beside bfloat16
 CONTEXTS = {"4k": 4096, "32k": 32_768, "256k": 262_144}
 # Memory of one device in GB of 1e9 bytes, as sold.
 DEVICES = {
@@ -62,8 +60,7 @@ def weight_bytes(config: ModelConfig, kind: str) -> int:
     model = transformer.abstract(config, jnp.dtype(kind if kind in DTYPES else "bfloat16"))
     if kind not in DTYPES:
         model = quantized.quantized(model, kind)
-    return sum(math.prod(x.shape) * jnp.iinfo(x.dtype).bits // 8 if x.dtype == jnp.int4 else x.size * x.dtype.itemsize
-               for x in jax.tree.leaves(model))  # fmt: skip
+    return quantized.nbytes(model)
 
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype: str = "bfloat16") -> int:

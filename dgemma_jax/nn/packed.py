@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Bits, the dtype of the stored values and the largest value used of it.
-FORMATS = {"int8": (jnp.int8, 127.0), "int4": (jnp.int4, 7.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
+# The dtype of the stored values, and the largest value used of it.
+FORMS = {"int8": (jnp.int8, 127.0), "int4": (jnp.int4, 7.0), "fp8": (jnp.float8_e4m3fn, 448.0)}
 GROUP = 128  # int4 values that share a scale
 
 
@@ -60,7 +60,8 @@ def contract(rule: str, x: jax.Array, weight: Any, dtype: Any = None) -> jax.Arr
     into it and never write an unpacked copy; groups cannot be taken out, and are unpacked first.
 
     Args:
-        rule: as of `jnp.einsum`, two operands, the weight second.
+        rule: as of `jnp.einsum`, two operands, the weight second; it says the shapes of both and of the result.
+        x: floating.
         dtype: of the result; None gives that of `x` times the weight.
     """
     if not isinstance(weight, Packed) or weight.grouped:
@@ -93,11 +94,11 @@ def pack(weight: jax.Array, form: str, shared: tuple[int, ...], dtype: Any = Non
 
     Args:
         weight: floating.
-        form: one of `FORMATS`.
+        form: one of `FORMS`.
         shared: axes along which values share a scale. For "int4" groups of up to `GROUP` along the last axis instead.
         dtype: of the unpacked weight; None keeps that of `weight`.
     """
-    stored, largest = FORMATS[form]
+    stored, largest = FORMS[form]
     wide = weight.astype(jnp.float32)
     if form == "int4":
         size = group_size(weight.shape[-1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from dgemma_jax.nn.packed import FORMATS, Packed, pack
+from dgemma_jax.nn.packed import FORMS, Packed, pack
 from dgemma_jax.nn.transformer import Transformer
 
 # End of the path of a weight -> the axes that share a scale: those a product sums over, so that the scale leaves the
@@ -33,12 +34,18 @@ Path = tuple[str | int, ...]
 Model = TypeVar("Model", bound=Transformer)
 
 
+def check_form(form: str | None) -> None:
+    """Raise a `ValueError` if there is no such format."""
+    if form is not None and form not in FORMS:
+        raise ValueError(f"quantize must be one of {', '.join(FORMS)} or None, got {form!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Packs the weights of a model one by one while they are loaded, so that no plain copy of all is ever held.
+    """Packs weights one by one, so that a loader never holds a plain copy of them all.
 
     Attributes:
-        form: one of `packed.FORMATS`.
+        form: one of `packed.FORMS`.
     """
 
     form: str
@@ -48,24 +55,16 @@ class Packer:
         return path[-2:] in _SHARED
 
     def pack(self, path: Path, weight: jax.Array) -> Packed:
-        """The weight of this path, packed."""
-        return pack_at(path, weight, self.form)
+        """The weight of this path, packed. The embedding table stays at 8 bits in "int4": it is read and written."""
+        form = "int8" if self.form == "int4" and path[-2:] == ("embedder", "table") else self.form
+        return _packed(weight, form, _SHARED[path[-2:]])
 
     def install(self, model: Model, packed: Mapping[Path, Packed]) -> Model:
-        """The model with the packed weights in it."""
-        return installed(model, packed)
-
-
-def check_form(form: str | None) -> None:
-    """Raise a `ValueError` if there is no such format."""
-    if form is not None and form not in FORMATS:
-        raise ValueError(f"quantize must be one of {', '.join(FORMATS)} or None, got {form!r}")
-
-
-def pack_at(path: Path, weight: jax.Array, form: str) -> Packed:
-    """The weight of this path in a format. The embedding table stays at 8 bits in "int4": it is read and written."""
-    table = path[-2:] == ("embedder", "table")
-    return _packed(weight, "int8" if form == "int4" and table else form, _SHARED[path[-2:]])
+        """The model with packed weights in the places of its parameters; the given one is left as it is."""
+        copy = jax.tree.map(lambda leaf: leaf, model)
+        for path, weight in packed.items():
+            setattr(_at(copy, path[:-1]), path[-1], weight)
+        return copy
 
 
 _packed = jax.jit(pack, static_argnums=(1, 2))
@@ -81,24 +80,29 @@ def quantized(model: Model, form: str) -> Model:
         ValueError: no such format, or the model is packed already.
     """
     check_form(form)
-    if packed_form(model) is not None:
-        raise ValueError(f"the model is in {packed_form(model)} already; quantize the model it was made from")
+    check_plain(model, "packed again")
+    packer = Packer(form)
 
     def build(model: Model) -> Model:
-        weights = {path: _at(model, path)[...] for path in paths(model)}
-        return installed(model, {path: pack_at(path, weight, form) for path, weight in weights.items()})
+        return packer.install(model, {path: packer.pack(path, _at(model, path)[...]) for path in paths(model)})
 
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)):
-        return jax.eval_shape(build, model)
-    return build(model)
+    is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model))
+    return jax.eval_shape(build, model) if is_abstract else build(model)
 
 
-def installed(model: Model, packed: Mapping[Path, Packed]) -> Model:
-    """The model with packed weights in the places of its parameters; the given one is left as it is."""
-    copy = jax.tree.map(lambda leaf: leaf, model)
-    for path, weight in packed.items():
-        setattr(_at(copy, path[:-1]), path[-1], weight)
-    return copy
+def check_plain(model: Any, what: str) -> None:
+    """Raise a `ValueError` if the weights are packed; `what` ends the sentence "the weights cannot be ..."."""
+    if form := packed_form(model):
+        raise ValueError(f"the model's weights are in {form} already and cannot be {what}; load it without `quantize`")
+
+
+def nbytes(model: Any) -> int:
+    """Bytes of all leaves, two values of int4 to a byte; of a model without weights too."""
+    return sum(math.prod(x.shape) * _bits(x.dtype) // 8 for x in jax.tree.leaves(model))
+
+
+def _bits(dtype: Any) -> int:
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize
 
 
 def paths(model: Any) -> list[Path]:
@@ -114,7 +118,7 @@ def packed_form(model: Any) -> str | None:
     nodes = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Packed))
     dtypes = {node.values.dtype for node in nodes if isinstance(node, Packed)}
     # The table of an "int4" model is in "int8".
-    return next((form for form in ("int4", "fp8", "int8") if jnp.dtype(FORMATS[form][0]) in dtypes), None)
+    return next((form for form in ("int4", "fp8", "int8") if jnp.dtype(FORMS[form][0]) in dtypes), None)
 
 
 

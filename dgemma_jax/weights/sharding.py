@@ -24,6 +24,7 @@ _SPLIT: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("experts", "gate_up"): ("expert", None, None),
     ("experts", "down"): ("expert", None, None),
 }
+_PACKED = ("values", "scale")  # of a weight in few bits
 
 
 def check(mesh: Mesh) -> None:
@@ -41,7 +42,8 @@ def shardings(tree: Any, mesh: Mesh) -> dict[trees.Path, NamedSharding]:
 
 def _spec(path: trees.Path, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     spec = []
-    for size, axis in zip(shape, _SPLIT.get(path[-2:], ()), strict=False):
+    owner = path[:-1] if path[-1] in _PACKED else path  # a scale of size one along an axis is not split there
+    for size, axis in zip(shape, _SPLIT.get(owner[-2:], ()), strict=False):
         if axis == "expert" and axis not in mesh.shape:
             axis = "tensor"
         spec.append(axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from dgemma_jax.nn.functional import of
+from dgemma_jax.nn.quantized import check_plain
 from interp.captures import capture, capture_prompt
 from interp.editing import edit, rewrapped
 from interp.edits import Edit
@@ -179,11 +180,13 @@ def orthogonalized(bundle: Any, direction: Any) -> Any:
     matrix of the logits too, and without its part along u the model would read other words, and say others.
 
     Raises:
-        ValueError: a direction of another width, of no length, or not finite; a model without weights.
+        ValueError: a direction of another width, of no length, or not finite; a model without weights, or with packed
+            ones.
     """
     model = of(bundle)
     if isinstance(jax.tree.leaves(model)[0], jax.ShapeDtypeStruct):
         raise ValueError("this model has no weights to project; load it with dg.load")
+    check_plain(model, "projected")
     model = jax.tree.map(lambda leaf: leaf, model)  # modules of our own; weights are shared
 
     def project(matrix: jax.Array, u_D: np.ndarray, axis: int) -> jax.Array:

@@ -20,6 +20,7 @@ import numpy as np
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.generate import bucket
 from dgemma_jax.nn.functional import of
+from dgemma_jax.nn.quantized import check_plain
 from dgemma_jax.train.loop import optimizer
 from dgemma_jax.train.loss import Batch, loss
 from dgemma_jax.train.recipes import Rate, Recipe
@@ -74,13 +75,14 @@ def harden(
         report: called with (step, loss in nats a token) after every step.
 
     Raises:
-        ValueError: nothing to train on, an odd number of rows, no tokenizer.
+        ValueError: nothing to train on, an odd number of rows, no tokenizer, packed weights.
     """
     if not attacks or not ordinary or rows < 2 or rows % 2 or steps < 1 or (rank is not None and rank < 1):
         raise ValueError(
             f"needed are attacks and ordinary prompts, an even number of rows, steps and rank of at least 1; got "
             f"{len(attacks)}, {len(ordinary)}, {rows}, {steps}, {rank}"
         )
+    check_plain(of(bundle), "trained")
     examples = [[_encoded(bundle, *pair) for pair in side] for side in (attacks, ordinary)]
     longest = bucket(max(len(prompt) for side in examples for prompt, _ in side))
     model = of(bundle)
