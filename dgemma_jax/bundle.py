@@ -64,7 +64,7 @@ class Bundle:
             return self
         found = trees.leaves(self.model)
         floats = {p: x for p, x in found.items() if jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize > 1}
-        good = jax.device_get(_all_finite(list(floats.values())))
+        good = _all_finite(list(floats.values()))
         bad = [trees.dotted(path) for path, fine in zip(floats, good, strict=True) if not fine]
         if bad:
             raise ValueError(f"the model has non-finite weights in {problems.counted(bad)}")
@@ -77,8 +77,19 @@ class Bundle:
 _FINITE: dict[int, weakref.ref] = {}
 
 
+def _all_finite(arrays: list[jax.Array]) -> list[bool]:
+    """Whether each array is finite. What lies in the host's memory is looked at there, without compiling."""
+    if all(isinstance(x, np.ndarray) or _is_on_host(x) for x in arrays):
+        return [finite.on_host(np.asarray(x)) for x in arrays]
+    return jax.device_get(_finite_on_device(arrays))
+
+
+def _is_on_host(array: jax.Array) -> bool:
+    return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
+
+
 @jax.jit
-def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+def _finite_on_device(arrays: list[jax.Array]) -> list[jax.Array]:
     return [finite.on_device(x) for x in arrays]
 
 

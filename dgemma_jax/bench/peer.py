@@ -52,7 +52,7 @@ class Sizes:
     @classmethod
     def tiny(cls) -> Sizes:
         return cls(
-            vocab_size=96, embed_dim=32, hidden_dim=32, num_layers=6, num_heads=4, num_kv_heads=2,
+            vocab_size=96, embed_dim=32, hidden_dim=32, num_layers=2, num_heads=4, num_kv_heads=2,
             num_global_kv_heads=1, head_dim=8, global_head_dim=16, sliding_window=8, num_experts=4,
             experts_per_token=2, expert_dim=16, canvas_length=8, prompt_length=12, steps=2,
         )  # fmt: skip

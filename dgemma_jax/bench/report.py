@@ -138,22 +138,28 @@ def alternate(
     """Seconds of `runs` calls of each, taken in turns so that a change of the machine's speed meets all alike.
 
     Each call must return only when its work is done. Between calls there is a pause, in which the threads of the
-    one before go to sleep.
+    one before go to sleep. Python's collector of cycles rests meanwhile, as in `timeit`.
 
     Returns:
         Seconds of the timed calls by name, and of a first call that is not counted among them.
     """
-    first = {name: _timed(call, pause) for name, call in contestants.items()}
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(runs):
-        names = list(contestants) if turn % 2 == 0 else list(contestants)[::-1]
-        for name in names:
-            taken[name].append(_timed(contestants[name], pause))
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        first = {name: _timed(call, pause) for name, call in contestants.items()}
+        taken: dict[str, list[float]] = {name: [] for name in contestants}
+        for turn in range(runs):
+            names = list(contestants) if turn % 2 == 0 else list(contestants)[::-1]
+            for name in names:
+                taken[name].append(_timed(contestants[name], pause))
+    finally:
+        if collects:
+            gc.enable()
     return {name: tuple(seconds) for name, seconds in taken.items()}, first
 
 
 def _timed(call: Callable[[], Any], pause: float) -> float:
-    gc.collect()
     time.sleep(pause)
     start = time.perf_counter()
     call()

@@ -42,6 +42,7 @@ def recorded(record: Record, before: State, after: State, view: StepView, sample
     return kept
 
 
+@functools.partial(jax.jit, static_argnames="record", inline=True)  # traced once for `_zeros` and for the loop
 def _step(model, state, cache, sampler, pinned, record) -> tuple[State, Buffers]:
     after, view = denoise_step(model, state, cache, sampler, pinned)
     return after, recorded(record, state, after, view, sampler)

@@ -8,6 +8,7 @@ self-conditioning differ. Facts: `transformers` 5.23, models/diffusion_gemma.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -150,4 +151,9 @@ def initialize(config: ModelConfig, seed: int = 0, dtype: jnp.dtype = jnp.float3
 
 def abstract(config: ModelConfig, dtype: jnp.dtype = jnp.bfloat16) -> Transformer:
     """The model without weights: leaves are `jax.ShapeDtypeStruct`; allocates nothing, works at any size."""
+    return jax.tree.map(lambda leaf: leaf, _abstract(config, jnp.dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=8)  # the release takes seconds
+def _abstract(config: ModelConfig, dtype: jnp.dtype) -> Transformer:
     return nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype))

@@ -34,4 +34,4 @@ def _chunks(array: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:
 
 def bits(array: np.ndarray) -> np.ndarray:
     """The array as unsigned integers."""
-    return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+    return array.view({2: np.uint16, 4: np.uint32, 8: np.uint64}[array.dtype.itemsize])
