@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,21 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do no
 os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
+# Each compiled program keeps some memory maps; Linux allows a process 65,530, and XLA ends the process beyond.
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Forget compiled programs, between two files of tests, when there are many."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A model of a few thousand random parameters: two sliding layers and a full one."""
@@ -19,6 +35,17 @@ def tiny():
     from dgemma_jax.nn.transformer import initialize
 
     return initialize(ModelConfig.tiny())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """That of the embedded models."""
+    from dgemma_jax.text import Tokenizer
+    from dgemma_jax.train import language
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    language.write_tokenizer_files(directory)
+    return Tokenizer.from_directory(directory)
 
 
 @pytest.fixture(scope="session")

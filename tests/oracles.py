@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import dgemma_jax as dg
 from dgemma_jax.nn import cache as kv
 from dgemma_jax.nn import transformer
 from dgemma_jax.nn.sites import Site
+from dgemma_jax.train import language
 
 
 def build(config, seed=0, dtype=np.float32, sharpness=1.0):
@@ -33,6 +35,13 @@ def build(config, seed=0, dtype=np.float32, sharpness=1.0):
         return jnp.asarray(value.astype(dtype))
 
     return jax.tree_util.tree_map_with_path(fill, transformer.abstract(config, dtype))
+
+
+def worded(tokenizer, *kinds):
+    """A bundle of such a model with these layers and the vocabulary of the embedded ones."""
+    config = dg.ModelConfig.tiny(vocab_size=language.VOCAB_SIZE, layer_types=kinds)
+    sampler = dg.SamplerConfig(max_denoising_steps=6, eos_token_ids=config.eos_token_ids)
+    return dg.Bundle(config, build(config), tokenizer, sampler)
 
 
 # Equations.

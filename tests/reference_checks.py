@@ -22,6 +22,7 @@ from dgemma_jax.nn import cache as kv
 
 DIRECTORY = Path(__file__).parent / "data" / "reference"
 TOLERANCE = 1e-4  # absolute, float32
+TOKENS = dg.Record(accepted=False, entropy=False, top_k=0)  # with the argmax: what is compared
 Kept = dict[str, np.ndarray]
 
 
@@ -54,10 +55,14 @@ def prompts_of(kept: Kept) -> list[np.ndarray]:
     return [row[:length] for row, length in zip(kept["prompts"], kept["prompt_lengths"], strict=True)]
 
 
-def placed(kept: Kept, where: str = "right") -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and valid [P, T]: the prompts with padding (any token) to the right, to the left, or strewn between."""
-    prompts, spare = prompts_of(kept), 3
-    length = max(map(len, prompts)) + spare
+def placed(kept: Kept, where: str = "right", length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and valid [P, T]: the prompts with padding (any token) to the right, to the left, or strewn between.
+
+    T is that of `generate`, so that they share a program, as they share the capacity of the cache.
+    """
+    prompts = prompts_of(kept)
+    length = length or generation.bucket(max(map(len, prompts)))
+    assert length > max(map(len, prompts))
     tokens, valid = np.full((len(prompts), length), 9), np.zeros((len(prompts), length), bool)
     for row, prompt in enumerate(prompts):
         slots = {
@@ -69,9 +74,10 @@ def placed(kept: Kept, where: str = "right") -> tuple[np.ndarray, np.ndarray]:
     return tokens, valid
 
 
-def prefilled(bundle: dg.Bundle, kept: Kept, where: str = "right", **options: Any) -> Any:
-    tokens, valid = placed(kept, where)
-    capacity = tokens.shape[1] + 4 * bundle.config.canvas_length
+def prefilled(bundle: dg.Bundle, kept: Kept, where: str = "right", length: int | None = None, **options: Any) -> Any:
+    tokens, valid = placed(kept, where, length)
+    new = kept["run/max_new_tokens"].item() if "run/max_new_tokens" in kept else 2 * bundle.config.canvas_length
+    capacity = generation.bucket(int(kept["prompt_lengths"].max()) + new)
     return dg.prefill(bundle, tokens, valid, cache_length=capacity, **options), valid
 
 
@@ -104,8 +110,11 @@ def causal_pass(bundle: dg.Bundle, kept: Kept) -> None:
 
 
 def chunked_causal_pass(bundle: dg.Bundle, kept: Kept) -> None:
-    """In pieces, too; some rows have nothing in the second piece."""
-    out, valid = prefilled(bundle, kept, chunk=placed(kept)[0].shape[1] // 2)
+    """In pieces, too, as long as a block; some rows have nothing in the second piece."""
+    chunk = bundle.config.canvas_length
+    pieces = int(kept["prompt_lengths"].max()) // chunk + 1
+    assert pieces > 1 and kept["prompt_lengths"].min() < chunk
+    out, valid = prefilled(bundle, kept, length=pieces * chunk, chunk=chunk)
     for row in range(len(valid)):
         close(np.asarray(out.hidden)[row][valid[row]], kept[f"hidden/{row}"], f"hidden of prompt {row}")
     _compare_caches(bundle, out.cache, kept, "cache")
@@ -182,20 +191,29 @@ def _replayed_step(
 ) -> sampler.State:
     settings = bundle.sampler
     logits = dg.denoise(bundle, state.canvas, cache, state.soft)
-    close(logits[live], run.logits[n][live], f"logits of step {n}")
+    close(np.asarray(logits)[live], run.logits[n][live], f"logits of step {n}")
+    temperature, entropy, accepted, after = _judged(state, logits, run.sample[n], run.fresh[n], settings)
+    close(np.asarray(temperature)[live], np.full(live.sum(), run.temperature[n]), f"temperature of step {n}", 1e-6)
+    close(np.asarray(entropy)[live], run.entropy[n][live], f"entropy of step {n}")
+    equal(np.asarray(accepted)[live], run.accepted[n][live], f"accepted in step {n}")
+    return after
+
+
+@jax.jit
+def _judged(
+    state: sampler.State, logits: jax.Array, sample: jax.Array, fresh: jax.Array, settings: dg.SamplerConfig
+) -> tuple[jax.Array, jax.Array, jax.Array, sampler.State]:
+    """Temperature, entropy, accepted positions and the state after a step with these logits and random tokens."""
     temperature = noise.temperature(state.step, settings)
-    close(temperature[live], np.full(live.sum(), run.temperature[n]), f"temperature of step {n}", 1e-6)
     shaped = logits / temperature[:, None, None]
     entropy, argmax = dg.diffusion.token_entropy(shaped), jnp.argmax(shaped, -1).astype(jnp.int32)
-    close(entropy[live], run.entropy[n][live], f"entropy of step {n}")
     accepted = dg.diffusion.accept(entropy, settings.entropy_bound)
-    equal(np.asarray(accepted)[live], run.accepted[n][live], f"accepted in step {n}")
-    next_canvas = jnp.where(accepted, run.sample[n], run.fresh[n]).astype(jnp.int32)
+    next_canvas = jnp.where(accepted, sample, fresh).astype(jnp.int32)
     view = StepView(
-        state.step, state.block, state.canvas, state.soft, logits, shaped, argmax, jnp.asarray(run.sample[n]), entropy,
-        accepted, next_canvas, state.soft,
+        state.step, state.block, state.canvas, state.soft, logits, shaped, argmax, sample, entropy, accepted,
+        next_canvas, state.soft,
     )  # fmt: skip
-    return sampler.advance(state, view, settings)
+    return temperature, entropy, accepted, sampler.advance(state, view, settings)
 
 
 def random_numbers(bundle: dg.Bundle, kept: Kept) -> None:
@@ -216,7 +234,7 @@ def whole_generation(bundle: dg.Bundle, kept: Kept) -> None:
     run = part(kept, "run/")
     rows, length = run.argmax.shape[1:]
     ids = [prompt.tolist() for prompt in prompts_of(kept)]
-    out = dg.generate(bundle, ids, seed=run.seeds.tolist(), max_new_tokens=run.max_new_tokens.item())
+    out = dg.generate(bundle, ids, seed=run.seeds.tolist(), max_new_tokens=run.max_new_tokens.item(), record=TOKENS)
     equal(out.tokens, run.sequences, "tokens")
     close(out.tokens_per_forward, run.tokens_per_forward, "tokens per forward", 1e-5)
     ended = np.zeros(rows, bool)

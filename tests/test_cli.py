@@ -88,6 +88,7 @@ def test_the_view_keeps_earlier_blocks(organism):
     assert "block 2  step 1  accepted 1/2  mean entropy 0.250 nats" in last
 
 
+@pytest.mark.slow
 def test_explain_writes_the_page_and_says_where(dgemma, organism, tmp_path):
     page = tmp_path / "new" / "report.html"
     code, out, err = dgemma("explain", "--model", organism, "--out", page, "--max-new-tokens", 12, "--seed", 1)
@@ -200,6 +201,7 @@ def test_convert_gives_the_same_model(dgemma, organism, tmp_path):
     assert hf.model.dtype == np.dtype("bfloat16")
 
 
+@pytest.mark.slow
 def test_the_command_runs_alone_and_keeps_compiled_programs(organism, tmp_path):
     """In a process of its own, from another directory: a quiet second run out of the cache."""
     root = Path(__file__).parent.parent

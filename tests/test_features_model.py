@@ -64,14 +64,15 @@ def test_a_set_holds_what_the_run_had(model, collected):
     seeds = [_mixed(3, row, 0) for row in range(3)]
     out = run_of(model, seeds)
     acts = out.trajectory.sites[SITE][0]
-    prompt = interp.capture_prompt(model, PROMPTS, SITE)[SITE]
+    shards = (PROMPTS[:2], PROMPTS[2:] * 2)  # as they were collected
+    prompt = [row for shard in shards for row in interp.capture_prompt(model, shard, SITE)[SITE]]
     run, column = out.trajectory, collected.columns
     values = collected.values(SITE)
     assert len(collected) == 3 * 5 + 7 and values.dtype == np.float32  # prompts have 2, 3 and 2 tokens
     for n in range(len(collected)):
         row, step, at = column["row"][n], column["step"][n], column["position"][n]
         if column["place"][n] == PROMPT:
-            np.testing.assert_allclose(values[n], prompt[row, at], atol=1e-6)
+            np.testing.assert_allclose(values[n], prompt[row][at], atol=1e-6)
             assert step == -1 and column["token"][n] == PROMPTS[row][at]
             continue
         np.testing.assert_allclose(values[n], acts[step, row, at], atol=1e-6)
@@ -203,6 +204,7 @@ def test_features_taken_out_and_turned_up(model, perfect, plain):
     assert loop._while._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_spliced_in(model, perfect, plain):
     """A perfect autoencoder changes nothing; one that knows nothing is zero ablation; the loss says so by level."""
     answers = plain[1].tokens[:, :C]
@@ -288,15 +290,17 @@ def test_projected_weights_are_ablated_writes(model):
     """The same logits; nothing that a layer writes lies along the direction; the model given stays as it was."""
     u = np.random.default_rng(1).standard_normal(D)
     projected, edited = interp.orthogonalized(model, u), interp.ablate_writes(model, u)
-    canvas = jnp.asarray([[5, 9, 2, 30]])
 
-    def logits(model):
-        return dg.denoise(model, canvas, dg.prefill(model, jnp.asarray([[7, 8, 9]])).cache, jnp.ones((1, C, D)))
+    @jax.jit
+    def both(model):
+        """Logits, and the prompt's residuals."""
+        prompt = dg.prefill(tapped(model, "layers.0.resid_*", phase="prefill")[0], jnp.asarray([[7, 8, 9]]))
+        return dg.denoise(model, jnp.asarray([[5, 9, 2, 30]]), prompt.cache, jnp.ones((1, C, D))), prompt.sites
 
-    np.testing.assert_allclose(logits(projected), logits(edited), atol=2e-5)
-    assert float(jnp.abs(logits(projected) - logits(model)).max()) > 1e-2
-    acts = interp.capture_prompt(projected, [[7, 8, 9]], "layers.0.resid_*")
-    pre, mid, post = (acts[f"layers.0.resid_{at}"][0, :3] for at in ("pre", "mid", "post"))
+    (logits, acts), (wanted, _), (plain, _) = (jax.tree.map(np.asarray, both(m)) for m in (projected, edited, model))
+    np.testing.assert_allclose(logits, wanted, atol=2e-5)
+    assert np.abs(logits - plain).max() > 1e-2
+    pre, mid, post = (acts[f"layers.0.resid_{at}"][0] for at in ("pre", "mid", "post"))
     np.testing.assert_allclose((mid - pre) @ u, 0, atol=1e-4)
     np.testing.assert_allclose((post / float(model.layers[0].prefill_scalar[0]) - mid) @ u, 0, atol=1e-4)
     for left, right in zip(jax.tree.leaves(model), jax.tree.leaves(oracles.build(CONFIG)), strict=True):

@@ -75,8 +75,11 @@ def test_layers_and_keys_are_cut_together(model, tokenwise):
 def test_an_effect_is_that_of_the_real_cut(model, moment, tokenwise):
     """Over a run too: the position that may not see its source answers wrongly at first, the others rightly."""
     layer = hb.HEAD[0]
-    cut = interp.cut_attention(model, queries=AT, cached=AT, layers=layer)
-    found, plain = (np.asarray(dg.denoise(m, moment.canvas, moment.cache)) for m in (cut, model))
+    found, plain = (
+        np.asarray(dg.denoise(interp.cut_attention(model, queries=AT, cached=AT, layers=at), moment.canvas, moment.cache))
+        for at in (layer, [])
+    )
+    np.testing.assert_allclose(METRIC(plain), tokenwise.base[0], atol=1e-5)
     is_right = found.argmax(-1) == hb.answer(PROMPTS)
     assert not is_right[:, AT].any() and np.delete(is_right, AT, 1).all()
     effect = tokenwise["attention"][0, layer, AT]
@@ -88,6 +91,8 @@ def test_an_effect_is_that_of_the_real_cut(model, moment, tokenwise):
 
 # Exactness, on random weights
 
+TOKENS = [[7, 8, 9, 10], [11, 12, 13, 14]]
+
 
 @pytest.fixture(scope="module")
 def random():
@@ -95,18 +100,27 @@ def random():
     return oracles.build(dg.ModelConfig.tiny(hidden_dim=16, sliding_window=6, **sizes))
 
 
-def pattern(model, cache, site="attn_pattern", layer=1):
+@pytest.fixture(scope="module")
+def cache(random):
+    return dg.prefill(random, TOKENS).cache
+
+
+def seen(model, cache):
+    """Patterns and what they read, of both layers."""
     zero = jnp.zeros(2, jnp.int32)
     state = dg.diffusion.start(jax.random.split(jax.random.key(0), 2), zero, zero > 0, C, model)
-    tapped, _ = taps.tapped(model, f"layers.{layer}.{site}")
-    return np.asarray(taps._one_step(tapped, state, cache, SAMPLER, None)[f"layers.{layer}.{site}"])
+    tapped, _ = taps.tapped(model, ["layers.*.attn_pattern", "layers.*.attn_z"])
+    return {name: np.asarray(x) for name, x in taps._one_step(tapped, state, cache, SAMPLER, None).items()}
 
 
-def test_what_is_left_shares_the_weight(random):
+EVERYWHERE = dict(heads=slice(0, None), steps=slice(0, None), sampler=SAMPLER)  # one structure for all cuts
+
+
+def test_what_is_left_shares_the_weight(random, cache):
     """p * (1 - cut) / sum, for the chosen queries and heads; cached slots are found by position."""
-    cache = dg.prefill(random, [[7, 8, 9, 10], [11, 12, 13, 14]]).cache
-    given = dict(queries=[1, 2], keys=[0, 5], cached=[2, 3], heads=1, layers=1)
-    old, new = (pattern(m, cache) for m in (random, interp.cut_attention(random, **given)))
+    given = EVERYWHERE | dict(queries=[1, 2], keys=[0, 5], cached=[2, 3], heads=1, layers=1)
+    name = "layers.1.attn_pattern"
+    old, new = (seen(m, cache)[name] for m in (random, interp.cut_attention(random, **given)))
     expected = old.copy()
     slots = old.shape[-1] - C
     gone = [2, 3, slots + 0, slots + 5]
@@ -115,27 +129,29 @@ def test_what_is_left_shares_the_weight(random):
     expected[:, 1, 1:3] = part / part.sum(-1, keepdims=True)
     np.testing.assert_allclose(new, expected, atol=1e-6)
     assert (new[:, 1, 1:3][..., gone] == 0).all()
-    off = interp.cut_attention(random, **given | dict(steps=[], sampler=SAMPLER))
-    np.testing.assert_array_equal(pattern(off, cache), old)
+    off = interp.cut_attention(random, **given | dict(steps=[]))
+    np.testing.assert_array_equal(seen(off, cache)[name], old)
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_query_with_nothing_left_reads_nothing(random, layer):
+def test_a_query_with_nothing_left_reads_nothing(random, cache, layer):
     """Not the empty slots of the cache either."""
-    cache = dg.prefill(random, [[7, 8, 9, 10], [11, 12, 13, 14]]).cache
-    blind = interp.cut_attention(random, queries=2, keys=slice(0, None), cached=slice(0, None), layers=layer)
-    z = pattern(blind, cache, "attn_z", layer)
+    given = EVERYWHERE | dict(queries=2, keys=slice(0, None), cached=slice(0, None), layers=layer)
+    z = seen(interp.cut_attention(random, **given), cache)[f"layers.{layer}.attn_z"]
     assert (z[:, 2] == 0).all() and (abs(z[:, [0, 1, 3]]).max((1, 2, 3)) > 0.1).all()
 
 
 def test_cuts_in_the_prompt_pass(random):
     """A prompt token blind to all it could see reads nothing, above all not what comes later."""
-    tokens = [[7, 8, 9, 10], [11, 12, 13, 14]]
-    blind = interp.cut_attention(random, queries=[0, 2], cached=[0, 1, 2], layers=0, phase="prefill")
-    z = interp.capture_prompt(blind, tokens, "layers.0.attn_z")["layers.0.attn_z"]
-    plain = interp.capture_prompt(random, tokens, "layers.0.attn_z")["layers.0.attn_z"]
-    assert (z[:, [0, 2]] == 0).all()
-    np.testing.assert_allclose(z[:, [1, 3]], plain[:, [1, 3]], atol=1e-6)
+    name = "layers.0.attn_z"
+    blind, plain = (
+        interp.capture_prompt(
+            interp.cut_attention(random, queries=queries, cached=[0, 1, 2], layers=0, phase="prefill"), TOKENS, name
+        )[name]
+        for queries in ([0, 2], [])
+    )
+    assert (blind[:, [0, 2]] == 0).all() and (abs(plain).max((2, 3)) > 0.1).all()
+    np.testing.assert_allclose(blind[:, [1, 3]], plain[:, [1, 3]], atol=1e-6)
 
 
 # Bad input

@@ -18,7 +18,7 @@ CLEAN, CORRUPT = [[7, 8, 9, 10], [11, 12, 13]], [[7, 20, 9, 24], [11, 21, 22]]
 METRIC = LogitDifference(positions=[[1], [2]], tokens=[[3], [4]], others=[[5], [6]])
 INPUTS = ["cache", "canvas_embed", "soft"]
 OWN = ["resid_post", "attn_z", "attn_q", "attn_k", "moe_out", "router_probs"]
-ALL = [*(f"layers.*.{name}" for name in OWN), *INPUTS]
+ALL = [*(f"layers.*.{name}" for name in OWN), "logits", *INPUTS]
 NAMES = [f"layers.{i}.{name}" for i in (0, 1) for name in [*OWN, "attn_pattern"]] + ["canvas_embed"]
 SIZES = dict(
     layer_types=("sliding_attention", "full_attention"), canvas_length=C, embed_dim=16, vocab_size=32, hidden_dim=16,
@@ -32,27 +32,41 @@ def model():
     return build(dg.ModelConfig.tiny(**SIZES, num_experts=4, experts_per_token=4))
 
 
-def attribute(model, sites=ALL, clean=CLEAN, corrupt=CORRUPT, rows_at_once=8, **options):
-    """One program for most of the tests."""
+def attribute(model, sites=ALL, clean=CLEAN, corrupt=CORRUPT, rows_at_once=2, **options):
+    """One program for most of the tests; each step by itself."""
     options = dict(points=POINTS, rows_at_once=rows_at_once, sampler=SAMPLER) | options
     over = ("position", "head") if sites is ALL else ("position",)
     return interp.attribution_patching(model, clean, corrupt, METRIC, sites, over=over, **options)
 
 
 @jax.jit
-def stepped(model, side, adds):
-    """The metric of a step, and its activations, with something added at all of these sites."""
+def stepped(model, side, adds, scale):
+    """The metric of a step, and its activations, with some of this added at these sites."""
+    adds = jax.tree.map(lambda x: scale * x, adds)
     logits, seen = paired_runs.forward(model, side, adds, NAMES, SAMPLER, "denoise")
-    return METRIC(logits), seen
+    return METRIC(logits), seen | {"logits": logits}
 
 
 @pytest.fixture(scope="module")
-def paired(model):
+def pairs(model):
+    """By step: recipient and donor, and what each computes."""
+    runs = paired_runs.run_pairs(model, CLEAN, CORRUPT, METRIC, None, "denoising", 0, SAMPLER)
+    shapes = jax.eval_shape(
+        lambda side: paired_runs.forward(model, side, {}, NAMES, SAMPLER, "denoise")[1], runs.at([0])[0]
+    )
+    none = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    found = []
+    for step in range(STEPS):
+        sides = runs.at([step])
+        found.append((sides, [jax.tree.map(np.asarray, stepped(model, side, none, 0.0)[1]) for side in sides]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def paired(pairs):
     """The recipient at its second step, what is computed there, and what the donor computes."""
-    sides = paired_runs.run_pairs(model, CLEAN, CORRUPT, METRIC, None, "denoising", 0, SAMPLER).at([1])
-    seen = jax.eval_shape(lambda side: paired_runs.forward(model, side, {}, NAMES, SAMPLER, "denoise")[1], sides[0])
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), seen)
-    return sides[0], *(stepped(model, side, none)[1] for side in sides)
+    (recipient, _), seen = pairs[1]
+    return recipient, *({name: x for name, x in side.items() if name != "logits"} for side in seen)
 
 
 # Laws of the nodes.
@@ -64,7 +78,9 @@ def whole(model):
 
 
 def test_a_run_compared_with_itself_has_no_effects(model):
+    programs = attribution._estimate._cache_size()
     found = attribute(model, corrupt=CLEAN)
+    assert attribution._estimate._cache_size() <= programs + 1  # of all steps
     assert set(found.effects) == {*ALL} and found.size > 200
     for name in found.effects:
         assert np.abs(found[name]).max() == 0, name
@@ -108,6 +124,7 @@ def test_directions_and_programs(model, whole):
     assert attribution._estimate._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_a_cut_gets_all_the_difference(model):
     """Integrated over the prompt's embeddings alone: at the first step nothing else differs."""
     cut = attribute(model, "token_embed", phase="prefill", path="sites", steps=0)
@@ -115,28 +132,30 @@ def test_a_cut_gets_all_the_difference(model):
     assert cut.axes["token_embed"] == "RPB" and cut.index["token_embed"]["P"] == [0, 1, 2, 3]
 
 
-def test_a_metric_that_is_linear_in_a_site_is_exact(model):
-    """Logits: the estimate is the patch. Each step by itself, by one program."""
-    programs = attribution._estimate._cache_size()
-    found = attribute(model, "logits", form="plain", rows_at_once=2)
-    assert attribution._estimate._cache_size() == programs + 1
-    exact = interp.patch_sweep(model, CLEAN, CORRUPT, METRIC, "logits", sampler=SAMPLER)
-    for mine, theirs in ((found["logits"], exact["logits"]), (found.base, exact.base), (found.donor, exact.donor)):
-        np.testing.assert_allclose(mine, theirs, atol=1e-5)
-    assert np.abs(exact["logits"]).max() > 0.1
+def test_a_metric_that_is_linear_in_a_site_is_exact(model, pairs):
+    """Logits: the estimate is the patch of each position."""
+    found = attribute(model, form="plain")
+    for step, (_, (here, there)) in enumerate(pairs):
+        own, donor = here["logits"], there["logits"]
+        base = np.asarray(METRIC(own))
+        exact = [METRIC(np.where((np.arange(C) == at)[:, None], donor, own)) - base for at in range(C)]
+        for mine, theirs in ((found["logits"], exact), (found.base, base), (found.donor, METRIC(donor))):
+            np.testing.assert_allclose(mine[step], theirs, atol=1e-5)
+        assert np.abs(exact).max() > 0.1
 
 
 def test_plain_is_the_derivative_towards_the_donor(model, paired):
     """Central differences through the same sites, at the second step, where canvas and S differ too."""
     recipient, here, there = paired
     change = paired_runs.minus(there, here)
-    found = attribute(model, form="plain", softmax=False)
-    step, off = 2e-3, jax.tree.map(jnp.zeros_like, change)
+    found = attribute(model, form="plain", softmax=False, rows_at_once=8)  # both steps in one call
+    step, off = 2e-3, jax.tree.map(np.zeros_like, change)
     for site in ALL:
+        if site == "logits":  # exact, above
+            continue
         own = [name for name in change if surgery.fold(name) == site]
         ahead, behind = (
-            stepped(model, recipient, off | jax.tree.map(lambda x, scale=scale: scale * x, {n: change[n] for n in own}))[0]
-            for scale in (step, -step)
+            stepped(model, recipient, off | {n: change[n] for n in own}, scale)[0] for scale in (step, -step)
         )
         slope = np.asarray(ahead - behind) / (2 * step)
         np.testing.assert_allclose(found[site][1].reshape(-1, 2).sum(0), slope, rtol=0.03, atol=3e-3, err_msg=site)
@@ -206,14 +225,15 @@ def test_queries_and_keys_go_through_the_exact_softmax():
 def test_a_patched_query_or_key_changes_the_pattern_as_assumed(model, paired):
     """The real patch of one query and one key in layer 1: the change of its pattern times the gradient there."""
     recipient, here, there = paired
-    none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), here)
+    none = jax.tree.map(np.zeros_like, here)
     pattern = "layers.1.attn_pattern"
-    gradient = jax.jit(jax.grad(lambda x: stepped(model, recipient, none | {pattern: x})[0].sum()))(none[pattern])
+    gradient = jax.jit(jax.grad(lambda x: stepped(model, recipient, none | {pattern: x}, 1.0)[0].sum()))(none[pattern])
     found = attribute(model, form="plain")
     for name in ("attn_q", "attn_k"):
         full = f"layers.1.{name}"
-        one = none[full].at[:, 2, 1].set((there[full] - here[full])[:, 2, 1])
-        after = stepped(model, recipient, none | {full: one})[1][pattern]
+        one = none[full].copy()
+        one[:, 2, 1] = (there[full] - here[full])[:, 2, 1]
+        after = stepped(model, recipient, none | {full: one}, 1.0)[1][pattern]
         exact = ((after - here[pattern]) * gradient).sum((1, 2, 3))
         np.testing.assert_allclose(found[f"layers.*.{name}"][1, 1, 2, 1], exact, atol=1e-5, rtol=1e-3)
         assert np.abs(exact).max() > 1e-3

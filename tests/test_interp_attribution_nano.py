@@ -9,6 +9,8 @@ import interp
 from dgemma_jax.train import tasks
 from interp.metrics import LogitDifference
 
+pytestmark = pytest.mark.slow
+
 SITE, OPTIONS = "layers.*.resid_post", dict(phase="prefill", steps=0)
 
 

@@ -49,6 +49,7 @@ def study(model, tmp_path_factory):
     return found, loop._while._cache_size() - before, directory
 
 
+@pytest.mark.slow
 def test_one_program_a_sampler(study):
     found, programs, _ = study
     assert [str(arm) for arm in found.arms] == ["none", "k=0", "k=1", "k=3", f"k={V}", "p=0.2"]
@@ -62,7 +63,7 @@ def test_no_bottleneck_is_the_plain_run_and_so_is_all_tokens(model, study):
         np.testing.assert_array_equal(getattr(found, name)[0], getattr(found, name)[4], err_msg=name)
     for run in range(2):
         seeds = [3 * run + number for number in range(3)]
-        out = dg.generate(model, PROMPTS, seeds, SAMPLERS["gentle"], 2 * C)
+        out = dg.generate(model, PROMPTS, seeds, SAMPLERS["gentle"], 2 * C, dg.Record.nothing())
         own = (0, 1, slice(None), run)
         np.testing.assert_array_equal(found.tokens[own][:, : out.tokens.shape[1]], out.tokens)
         np.testing.assert_array_equal(found.steps[own], out.num_steps)
@@ -77,7 +78,7 @@ def test_every_arm_is_the_bottleneck_itself(model, study):
     found, _, _ = study
     for a, setting in ((1, dict(hard=True)), (2, dict(k=1)), (3, dict(k=3)), (5, dict(p=0.2))):
         narrow = interp.token_bottleneck(model, **setting, count=5)
-        out = dg.generate(narrow, PROMPTS, [0, 1, 2], SAMPLERS["gentle"], 2 * C)
+        out = dg.generate(narrow, PROMPTS, [0, 1, 2], SAMPLERS["gentle"], 2 * C, dg.Record.nothing())
         np.testing.assert_array_equal(found.tokens[a, 1, :, 0, : out.tokens.shape[1]], out.tokens, err_msg=str(setting))
         assert (found.tokens[a] != found.tokens[0]).any(), setting  # it does something here
     assert (found.tokens[1] != found.tokens[2]).any()  # without the tail and with it
@@ -98,7 +99,7 @@ def test_harm_is_found_where_the_carrier_is_read_and_nowhere_else(model, study):
     down = model.self_conditioning.down[...]
     deaf = jax.tree.map(lambda x: 0 * x if x is down else x, model)
     assert not np.asarray(deaf.self_conditioning.down[...]).any()
-    silent = interp.bottleneck_study(deaf, PROMPTS, starts_low, **ladder)
+    silent = interp.bottleneck_study(deaf, PROMPTS, starts_low, batch=4, **ladder)
     for a in range(1, len(silent.arms)):
         np.testing.assert_array_equal(silent.tokens[a], silent.tokens[0])
 

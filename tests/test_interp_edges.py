@@ -35,6 +35,7 @@ def plain(model):
     return edges(model)
 
 
+@pytest.mark.slow
 def test_edges_across_a_cut_add_up_to_the_stream_there(model, plain):
     """Through every cut: senders before it into receivers behind it. So no sender, receiver or scalar is missing."""
     nodes = interp.attribution_patching(model, CLEAN, CORRUPT, METRIC, [*CUTS, "cache"], form="plain", sampler=SAMPLER)

@@ -38,6 +38,12 @@ def moment(model):
     return run(model).trajectory.moment(0, 1)
 
 
+@pytest.fixture(scope="module")
+def lens(model, moment):
+    """Of all layers, by parts that do not divide the width."""
+    return interp.fit_jacobian_lens(model, moment, chunk=6)
+
+
 @jax.jit
 def jacobian(model, state, cache, sampler):
     """d h_last[b, t] / d h_0[b, s] of the step, [B, T, D, B, S, D], by forward differentiation."""
@@ -50,29 +56,29 @@ def jacobian(model, state, cache, sampler):
     return jax.jacfwd(end)(jnp.zeros(state.soft.shape))
 
 
-def test_the_jacobian_lens_is_the_jacobian(model, moment):
+@pytest.mark.slow
+def test_the_jacobian_lens_is_the_jacobian(model, moment, lens):
     """A sum over targets and a mean over sources, of the chosen positions and of rows; 1 at the last layer."""
     full = np.asarray(jacobian(model, moment.state, moment.cache, moment.sampler))
     own = np.stack([full[b, :, :, b] for b in range(2)])  # [B, T, D, S, D]
     others = full[0, :, :, 1]
     assert np.abs(others).max() == 0 and np.abs(own).max() > 0.1
-    lens = interp.fit_jacobian_lens(model, moment, chunk=6)  # which does not divide the width
     np.testing.assert_allclose(lens.matrix[0], own.sum(1).mean((0, 2)), atol=1e-5)
     np.testing.assert_allclose(lens.matrix[1], np.eye(D), atol=1e-6)
     chosen = [0, 2]
-    part = interp.fit_jacobian_lens(model, [moment, moment], [0], positions=chosen, chunk=6)
+    part = interp.fit_jacobian_lens(model, [moment, moment], positions=chosen, chunk=6)
     wanted = own[:, chosen][:, :, :, chosen].sum(1).mean((0, 2))
     np.testing.assert_allclose(part.matrix[0], wanted, atol=1e-5)
     assert np.abs(wanted - np.asarray(lens.matrix[0])).max() > 0.05
-    assert repr(part) == "Jacobian (4 rows) lens of 1 layers, width 16"
+    assert repr(part) == "Jacobian (4 rows) lens of 2 layers, width 16"
 
 
-def test_other_moments_dimensions_and_positions_share_the_program(model, moment):
-    jacobian_lens._gradients.clear_cache()
+def test_other_moments_dimensions_and_positions_share_the_program(model, moment, lens):
+    programs = jacobian_lens._gradients._cache_size()
     later = run(model).trajectory.moment(0, 2)
-    interp.fit_jacobian_lens(model, [moment, later], [0], positions=[0, 1, 2], chunk=4)
-    interp.fit_jacobian_lens(model, later, [0], positions=[3], chunk=4)
-    assert jacobian_lens._gradients._cache_size() == 1
+    interp.fit_jacobian_lens(model, [moment, later], positions=[0, 1, 2], chunk=6)
+    interp.fit_jacobian_lens(model, later, positions=[3], chunk=6)
+    assert jacobian_lens._gradients._cache_size() == programs > 0
 
 
 def test_of_a_linear_model_it_is_the_product_of_the_scalars(model):
@@ -84,15 +90,16 @@ def test_of_a_linear_model_it_is_the_product_of_the_scalars(model):
 
     linear = jax.tree_util.tree_map_with_path(silent, model)
     moment = run(linear).trajectory.moment(0, 1)
-    lens = interp.fit_jacobian_lens(linear, moment)
+    lens = interp.fit_jacobian_lens(linear, moment, [0])
     scalar = float(model.layers[1].denoise_scalar[...][0])
     assert abs(scalar - 1) > 0.01
-    np.testing.assert_allclose(lens.matrix, [scalar * np.eye(D), np.eye(D)], atol=1e-6)
+    np.testing.assert_allclose(lens.matrix, [scalar * np.eye(D)], atol=1e-6)
+    assert repr(lens) == "Jacobian (2 rows) lens of 1 layers, width 16"
 
 
-def test_what_a_lens_reads_can_be_removed(model, moment):
+def test_what_a_lens_reads_can_be_removed(model, lens):
     """With J_l^T w_v projected out of a layer, the lens gives these tokens a logit of 0 there; one layer, two tokens."""
-    lens, tokens = interp.fit_jacobian_lens(model, moment, chunk=6), [4, 9]
+    tokens = [4, 9]
     directions = lens.directions(model, tokens)
     assert directions.shape == (L, 2, D)
     bare = lens.directions(model, tokens, norm=False)
@@ -193,6 +200,7 @@ def test_a_moment_of_another_model_is_refused(moment):
         interp.fit_jacobian_lens(dg.nn.transformer.abstract(dg.ModelConfig.tiny()), moment)
 
 
+@pytest.mark.slow
 def test_a_tuned_lens_is_nearer_the_end_on_prompts_it_has_not_seen():
     """On the trained model, at every layer but the last, by a margin; 60 updates are enough for that."""
     nano = dg.load("nano").with_sampler(max_denoising_steps=8)

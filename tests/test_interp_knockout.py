@@ -44,8 +44,20 @@ def moment(model):
     return run_of(model, PROMPTS, None, seed=0, sampler=SAMPLER).moment
 
 
-def logits(model, moment):
-    return np.asarray(dg.denoise(model, moment.canvas, moment.cache))
+SILENT = f"layers.{hb.SILENT_HEAD[0]}.attn_z"
+ROUTER = f"layers.{hb.EXPERT[0]}.router_weights"
+
+
+def seen(model, moment, name="logits"):
+    """What passes by in the step; one program for a structure of edits."""
+    return np.asarray(interp.capture_step(model, moment, [SILENT, ROUTER, "logits"])[name])
+
+
+def zero_edits(model, heads, experts, mlp):
+    """The head, the expert and the MLP of layer 3 at zero in these rows."""
+    edited = interp.edit(model, "layers.1.attn_z", interp.Zero(), heads=2, rows=heads)
+    edited = interp.edit(edited, "layers.2.router_weights", interp.Zero(), experts=3, rows=experts)
+    return interp.edit(edited, "layers.3.mlp_out", interp.Zero(), rows=mlp)
 
 
 def without(effects, *place):
@@ -59,7 +71,7 @@ def without(effects, *place):
 def test_the_hand_built_model_answers(seed):
     """From any canvas, with a margin, whatever the idle weights are."""
     built = hb.model(seed)
-    found = logits(built, run_of(built, PROMPTS, None, seed=seed, sampler=SAMPLER).moment)
+    found = seen(built, run_of(built, PROMPTS, None, seed=seed, sampler=SAMPLER).moment)
     is_right = np.arange(hb.VOCAB) == hb.answer(PROMPTS)[..., None]
     assert (found[is_right] - np.where(is_right, -np.inf, found).max(-1).ravel() > 10).all()
 
@@ -81,16 +93,13 @@ def test_once_the_answer_is_on_the_canvas_no_part_is_needed(zeroed):
 
 def test_the_silent_head_is_active_and_without_effect(model, moment, zeroed):
     layer, head = hb.SILENT_HEAD
-    name = f"layers.{layer}.attn_z"
-    assert (abs(np.asarray(interp.capture_step(model, moment, name)[name])[:, :, head]).max(-1) > 1).all()
+    assert (abs(seen(model, moment, SILENT)[:, :, head]).max(-1) > 1).all()
     assert abs(zeroed["heads"][:, layer, head]).max() < NONE
 
 
 def test_an_effect_is_that_of_the_real_edit(model, moment, zeroed):
-    edited = interp.edit(model, "layers.1.attn_z", interp.Zero(), heads=2, rows=0)
-    edited = interp.edit(edited, "layers.2.router_weights", interp.Zero(), experts=3, rows=1)
-    edited = interp.edit(edited, "layers.3.mlp_out", interp.Zero(), rows=2)
-    real = METRIC(logits(edited, moment)) - METRIC(logits(model, moment))
+    edited = zero_edits(model, heads=0, experts=1, mlp=2)
+    real = METRIC(seen(edited, moment)) - METRIC(seen(model, moment))
     predicted = [zeroed[name][(0, *place, row)] for row, (name, *place) in enumerate(
         [("heads", *hb.HEAD), ("experts", *hb.EXPERT), ("mlp", 3)]
     )]  # fmt: skip
@@ -137,11 +146,10 @@ def test_a_forbidden_expert_gives_way_to_the_next(model, moment):
     """The next one speaks at once; with the weight zeroed nobody does."""
     layer, expert = hb.EXPERT
     banned = interp.reroute(model, forbid=expert, layers=layer)
-    np.testing.assert_array_equal(logits(banned, moment).argmax(-1), hb.other_answer(PROMPTS))
+    np.testing.assert_array_equal(seen(banned, moment).argmax(-1), hb.other_answer(PROMPTS))
     later = interp.reroute(model, forbid=expert, layers=layer, steps=slice(1, None))
-    np.testing.assert_array_equal(logits(later, moment).argmax(-1), hb.answer(PROMPTS))
-    zero = interp.edit(model, f"layers.{layer}.router_weights", interp.Zero(), experts=expert)
-    said = logits(zero, moment).argmax(-1)
+    np.testing.assert_array_equal(seen(later, moment).argmax(-1), hb.answer(PROMPTS))
+    said = seen(zero_edits(model, heads=[], experts=None, mlp=[]), moment).argmax(-1)
     assert (said == hb.other_answer(PROMPTS)).mean() < 0.5 and (said == hb.answer(PROMPTS)).mean() < 0.5
     other = interp.answer(hb.other_answer(PROMPTS))
     maps = interp.knock_out(model, PROMPTS, other, "experts", "reroute", steps=0, sampler=SAMPLER)
@@ -152,8 +160,7 @@ def test_a_forbidden_expert_gives_way_to_the_next(model, moment):
 def test_a_forced_expert_takes_the_place_and_the_weight_of_the_last(model, moment):
     layer = hb.EXPERT[0]
     forced = interp.reroute(model, force=hb.NEXT_EXPERT[1], layers=layer)
-    name = f"layers.{layer}.router_weights"
-    own, new = (np.asarray(interp.capture_step(m, moment, name)[name]) for m in (model, forced))
+    own, new = (seen(m, moment, ROUTER) for m in (model, forced))
     np.testing.assert_array_equal(new[..., hb.EXPERT[1]], own[..., hb.EXPERT[1]])
     np.testing.assert_array_equal(new[..., hb.NEXT_EXPERT[1]], own[..., hb.SECOND_EXPERT])
     assert (new[..., hb.SECOND_EXPERT] == 0).all() and (own[..., hb.NEXT_EXPERT[1]] == 0).all()

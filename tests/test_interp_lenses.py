@@ -231,6 +231,7 @@ def probability(read, hidden):
     return own, others / (len(read.tokens) - 1)
 
 
+@pytest.mark.slow
 def test_the_hidden_term_is_read_where_it_is_never_said(nano, hidden):
     """It surfaces in the late layers of the first step, and enters the next one below; a shuffled model has no trace."""
     prompts, ids, at = hidden

@@ -10,6 +10,8 @@ import interp
 from interp.panels import PANELS, render
 from interp.patch_panel import patch_data, patch_panel
 
+pytestmark = pytest.mark.slow
+
 OWN, OTHER = "recall a 4 , b 7 , c 2 ? b", "recall a 4 , b 9 , c 2 ? b"
 VALUE_AT = 8  # of the prompt's tokens: three open the turn, then "recall a 4 , b"
 

@@ -107,7 +107,8 @@ def test_on_shuffled_weights_there_is_no_path(model, maps):
 
 PROMPTS = np.random.default_rng(3).integers(6, 32, (2, 2, 5))  # recipients, donors; pairs of rows
 KINDS = ("sliding_attention", "full_attention")
-OUT = ("attn_z", "mlp_out", "moe_out")
+QUERY = "layers.1.attn_q"
+SITES = [f"layers.{layer}.{name}" for layer in (0, 1) for name in ("attn_z", "mlp_out", "moe_out")] + [QUERY]
 
 
 def weigh(logits):
@@ -129,28 +130,36 @@ def random_maps(random):
 
 
 class ByHand:
-    """Steps of the recipients (rows 0 and 1; the others are not looked at), edited with `interp.edit`."""
+    """Steps of the recipients (rows 0 and 1; the others are not looked at), edited with `interp.edit`: one program."""
 
     def __init__(self, random):
         self.model = random
         self.moment = run_of(random, np.concatenate(PROMPTS), 0, seed=0, sampler=SAMPLER).moment
-        seen = interp.capture_step(random, self.moment, [f"layers.*.{site}" for site in OUT])
-        self.own, self.donor = ({n: np.asarray(x)[part].repeat(2, 0)[[0, 2, 1, 3]] for n, x in seen.items()}
-                                for part in (slice(0, 2), slice(2, 4)))  # fmt: skip
-        self.base = self.metric(random)
+        shapes = {info.name: tuple(C if n == "C" else n for n in info.shape[1:]) for info in interp.sites(random)}
+        self.nothing = {name: np.zeros((4, C, *shapes[name][1:]), np.float32) for name in SITES}
+        own, donor = (self.step({}, part)[1] for part in ([0, 1, 0, 1], [2, 3, 2, 3]))
+        self.own, self.donor = own, donor
+        self.base = self.metric({})
 
-    def metric(self, model):
-        return weigh(np.asarray(dg.denoise(model, self.moment.canvas, self.moment.cache)))[:2]
+    def step(self, values, rows=slice(None), heads=None, only=None):
+        """Logits, and what passes by, with these values at sites."""
+        model = self.model
+        for name, nothing in self.nothing.items():
+            on = ([] if name not in values else None) if only is None else only.get(name, [])
+            model = interp.edit(model, name, interp.Patch(np.asarray(values.get(name, nothing))), rows=on,
+                                heads=heads if name.endswith("attn_q") else None)  # fmt: skip
+        seen = interp.capture_step(model, self.moment, [*SITES, "logits"])
+        seen = {name: np.asarray(x)[rows] for name, x in seen.items()}
+        return seen.pop("logits"), seen
+
+    def metric(self, *args, **options):
+        return weigh(self.step(*args, **options)[0])[:2]
 
     def frozen_but(self, sender, heads=slice(None)):
         """All components write what they wrote, the sender what it did in the donor's run."""
-        model = self.model
-        for name, own in self.own.items():
-            value = own.copy()
-            if name == sender:
-                value[:, :, heads] = self.donor[name][:, :, heads]
-            model = interp.edit(model, name, interp.Patch(value))
-        return model
+        values = {name: own.copy() for name, own in self.own.items() if not name.endswith("attn_q")}
+        values[sender][:, :, heads] = self.donor[sender][:, :, heads]
+        return values
 
 
 @pytest.fixture(scope="module")
@@ -158,13 +167,12 @@ def by_hand(random):
     return ByHand(random)
 
 
-def test_a_path_is_what_two_passes_by_hand_give(random, random_maps, by_hand):
+@pytest.mark.slow
+def test_a_path_is_what_two_passes_by_hand_give(random_maps, by_hand):
     """Head 1 of layer 0, through the queries of head 2 of layer 1."""
     np.testing.assert_allclose(random_maps.base[0], by_hand.base, rtol=1e-5)
-    first = by_hand.frozen_but("layers.0.attn_z", heads=1)
-    heard = interp.capture_step(first, by_hand.moment, "layers.1.attn_q")["layers.1.attn_q"]
-    second = interp.edit(random, "layers.1.attn_q", interp.Patch(heard), heads=2)
-    expected = by_hand.metric(second) - by_hand.base
+    heard = by_hand.step(by_hand.frozen_but("layers.0.attn_z", heads=1))[1][QUERY]
+    expected = by_hand.metric({QUERY: heard}, heads=2) - by_hand.base
     assert abs(expected).max() > 1e-3
     found = random_maps["heads -> layers.1.attn_q heads 2"][0, 0, 1]
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-3)
@@ -176,11 +184,9 @@ def test_a_path_to_the_logits_is_one_pass_by_hand(random_maps, by_hand):
     np.testing.assert_allclose(random_maps["mlp -> logits"][0, 0], expected, atol=1e-4, rtol=1e-3)
 
 
-def test_from_the_last_layer_to_the_logits_a_path_is_plain_patching(random, random_maps, by_hand):
+def test_from_the_last_layer_to_the_logits_a_path_is_plain_patching(random_maps, by_hand):
     one, other = (f"layers.1.{kind}_out" for kind in ("mlp", "moe"))
-    plain = interp.edit(random, one, interp.Patch(by_hand.donor[one]), rows=0)
-    plain = interp.edit(plain, other, interp.Patch(by_hand.donor[other]), rows=1)
-    expected = by_hand.metric(plain) - by_hand.base
+    expected = by_hand.metric(by_hand.donor, only={one: 0, other: 1}) - by_hand.base
     found = [random_maps["mlp -> logits"][0, 1, 0], random_maps["moe -> logits"][0, 1, 1]]
     assert abs(expected).min() > 1e-3
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-3)

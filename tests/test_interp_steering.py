@@ -31,13 +31,10 @@ def vector(model):
 
 
 def test_the_vector_is_the_difference_of_means_at_the_last_token(model, vector):
-    acts = {n: interp.capture_prompt(model, prompts, "layers.*.resid_post") for n, prompts in
-            (("+", POSITIVE), ("-", NEGATIVE))}  # fmt: skip
+    acts = interp.capture_prompt(model, POSITIVE + NEGATIVE, "layers.*.resid_post")
     for layer in range(2):
-        name = f"layers.{layer}.resid_post"
-        means = [
-            np.mean([a[name][b, int(a.valid[b].sum()) - 1] for b in range(len(a.tokens))], 0) for a in acts.values()
-        ]
+        last = [acts[f"layers.{layer}.resid_post"][b, int(acts.valid[b].sum()) - 1] for b in range(5)]
+        means = [np.mean(last[:2], 0), np.mean(last[2:], 0)]
         np.testing.assert_allclose(vector.difference[layer], means[0] - means[1], atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(vector.unit, axis=-1), 1, atol=1e-6)
     assert vector.counts == (2, 3) and vector.layers == (0, 1) and vector.place == "prompt"
@@ -48,18 +45,17 @@ def test_on_the_canvas_it_is_a_mean_over_positions_and_steps(model):
         model, POSITIVE, NEGATIVE[:2], [1], place="canvas", positions=[1, 2], steps=[0, 3], sampler=SAMPLER
     )
     means = [
-        interp.capture(model, prompts, "layers.1.resid_post", [0, 3], sampler=SAMPLER)["layers.1.resid_post"]
-        for prompts in (POSITIVE, NEGATIVE[:2])
+        residuals(model, prompts, [0, 0])["layers.1.resid_post"][[0, 3], :, 1:3] for prompts in (POSITIVE, NEGATIVE[:2])
     ]
-    means = [x[:, :, 1:3] for x in means]
     np.testing.assert_allclose(found.difference[0], means[0].mean((0, 1, 2)) - means[1].mean((0, 1, 2)), atol=1e-5)
     norms = np.mean([np.linalg.norm(x, axis=-1).mean() for x in means])
     np.testing.assert_allclose(found.norms, [norms], rtol=1e-5)
     assert interp.SteeringVector(**{**vars(found), "difference": 0 * found.difference}).unit.any() == 0
 
 
-def residuals(model):
-    return interp.capture(model, [[5, 6], [7, 8]], "layers.*.resid_post", sampler=SAMPLER, seed=[1, 2])
+def residuals(model, prompts=((5, 6), (7, 8)), seed=(1, 2)):
+    prompts = [list(prompt) for prompt in prompts]
+    return interp.capture(model, prompts, "layers.*.resid_post", sampler=SAMPLER, seed=list(seed))
 
 
 def test_strength_by_step_row_and_layer_is_data(model, vector):
@@ -93,9 +89,9 @@ def test_strength_by_step_row_and_layer_is_data(model, vector):
 def test_the_difference_itself_in_the_prompt(model, vector):
     """relative=False adds the difference of means, here to the causal pass and nowhere else."""
     steered = interp.steer(model, vector, 1.5, layers=[1], place="prompt", relative=False)
-    before, after = (interp.capture_prompt(m, [[5, 6]], "layers.1.resid_post") for m in (model, steered))
+    before, after = (interp.capture_prompt(m, POSITIVE + NEGATIVE, "layers.*.resid_post") for m in (model, steered))
     moved = after["layers.1.resid_post"] - before["layers.1.resid_post"]
-    np.testing.assert_allclose(moved[0, :2], np.tile(1.5 * vector.difference[1], (2, 1)), atol=1e-5)
+    np.testing.assert_allclose(moved[0, :3], np.tile(1.5 * vector.difference[1], (3, 1)), atol=1e-5)
     assert "prefill" in repr(interp.describe(steered))
 
 
@@ -155,6 +151,7 @@ def test_bad_input_of_steering(model, vector, options, message):
         interp.steer(dg.nn.transformer.abstract(dg.ModelConfig.tiny()), vector, 1.0)
 
 
+@pytest.mark.slow
 def test_a_refusal_direction_decides_refusals():
     """From the prompts of the trained model: added it makes it refuse, taken away comply; a random one does neither."""
     nano = dg.load("nano")

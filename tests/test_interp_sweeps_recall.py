@@ -9,6 +9,8 @@ import interp
 from dgemma_jax.train import tasks
 from interp import sweeps
 
+pytestmark = pytest.mark.slow
+
 ANSWER, STEPS = 2, 2  # "b is 7": the value stands at canvas position 2
 RESID = "layers.*.resid_post"
 PROMPTS = "recall a 4 , b {} , c 2 ? b", "recall a 11 , b {} , c 8 ? b"

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import oracles
 import pytest
 
 import dgemma_jax as dg
@@ -19,8 +20,15 @@ ALL = ("tokens", "cache", "soft", "canvas", "heads", "residuals", "experts", "ml
 
 
 @pytest.fixture(scope="module")
-def bundle(organism):
-    return dg.load(organism)
+def deep(tokenizer):
+    """Two layers, for places within them and their caches."""
+    return oracles.worded(tokenizer, "sliding_attention", "full_attention")
+
+
+@pytest.fixture(scope="module")
+def bundle(tokenizer):
+    """One layer, for all else."""
+    return oracles.worded(tokenizer, "full_attention")
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +38,9 @@ def tokens(bundle):
 
 
 @pytest.fixture(scope="module")
-def everything(bundle):
+def everything(deep):
     """The product of many kinds."""
-    return masked_game(bundle, PROMPT, METRIC, units=ALL, layers=[1], rows_at_once=4, draws=2)
+    return masked_game(deep, PROMPT, METRIC, units=ALL, layers=[1], rows_at_once=4, draws=2)
 
 
 def prompt_ids(bundle, words):
@@ -59,10 +67,10 @@ def moment_of(game):
     return type("Moment", (), {"state": run.state, "sampler": game.given.sampler})
 
 
-def test_all_on_is_the_run_itself(bundle, tokens, everything):
-    ids = prompt_ids(bundle, PROMPT)
+def test_all_on_is_the_run_itself(tokens, everything):
+    ids = prompt_ids(tokens.bundle, PROMPT)
     for game in (tokens, everything):
-        plain = one_step(bundle, ids, moment_of(game))
+        plain = one_step(game.bundle, ids, moment_of(game))
         found = game.values(np.ones((3, len(game.names))), np.arange(3))
         np.testing.assert_allclose(found, plain, atol=1e-6)
 
@@ -80,20 +88,20 @@ def test_a_token_that_is_off_is_the_prompt_with_the_noise_token(bundle, tokens):
     assert np.ptp(wanted) > 1e-3
 
 
-def test_units_of_each_kind_do_what_they_say(bundle, everything):
+def test_units_of_each_kind_do_what_they_say(deep, everything):
     """Canvas rows, S rows and heads off, against the same thing done by hand."""
     game, names, kinds = everything, list(everything.names), np.array(everything.units.kinds)
-    given, ids = game.given, prompt_ids(bundle, PROMPT)
+    given, ids = game.given, prompt_ids(deep, PROMPT)
     state, pool = given.run.state, given.pool
     canvas = state.canvas.at[0, 3].set(np.asarray(pool["canvas"])[1, 3])
     soft = state.soft.at[0, 3].set(pool["soft"][1, 3])
     head = interp.edit(
-        bundle, "layers.1.attn_z", interp.Patch(pool["layers.1.attn_z"][1:2]), heads=[1], sampler=given.sampler
+        deep, "layers.1.attn_z", interp.Patch(pool["layers.1.attn_z"][1:2]), heads=[1], sampler=given.sampler
     ).model
     wanted = [
-        one_step(bundle, ids, moment_of(game), canvas=canvas),
-        one_step(bundle, ids, moment_of(game), soft=soft),
-        one_step(bundle, ids, moment_of(game), model=head),
+        one_step(deep, ids, moment_of(game), canvas=canvas),
+        one_step(deep, ids, moment_of(game), soft=soft),
+        one_step(deep, ids, moment_of(game), model=head),
     ]
     masks = np.ones((3, len(names)))
     for row, name in enumerate(("canvas row 3", "S row 3", "layer 1 head 1")):
@@ -187,32 +195,32 @@ def test_finished_calls_are_kept_and_a_second_run_asks_nothing(bundle, tmp_path,
         interp.saliency(bundle, PROMPT, interp.LogProb([1], [7]), **options)
 
 
-def test_units_of_text(bundle):
-    ids = prompt_ids(bundle, "copy : red fox . say tom now")
-    assert [name for name, _ in groups_of(bundle, ids, "words")] == ["copy", ":", "red", "fox", ".", "say", "tom", "now"]
-    assert len(groups_of(bundle, ids, "sentences")) == 2
-    assert groups_of(bundle, ids, "turns") == [("copy : red fox . say tom now", list(range(3, 11)))]
-    assert content(bundle, ids) == list(range(3, 11))
-    spans = units_of(bundle, ids, {"head": [3, 4], "rest": range(5, 9)})
+def test_units_of_text(deep):
+    ids = prompt_ids(deep, "copy : red fox . say tom now")
+    assert [name for name, _ in groups_of(deep, ids, "words")] == ["copy", ":", "red", "fox", ".", "say", "tom", "now"]
+    assert len(groups_of(deep, ids, "sentences")) == 2
+    assert groups_of(deep, ids, "turns") == [("copy : red fox . say tom now", list(range(3, 11)))]
+    assert content(deep, ids) == list(range(3, 11))
+    spans = units_of(deep, ids, {"head": [3, 4], "rest": range(5, 9)})
     assert spans.names == ("head", "rest") and (spans.cells["token_embed"] >= 0).sum() == 6
-    both = units_of(bundle, ids, ("cache", "canvas", "heads"), layers=[1])
-    assert len(both) == 8 + 12 + bundle.config.num_heads and both.cells["layers.1.attn_z"].max() == len(both) - 1
+    both = units_of(deep, ids, ("cache", "canvas", "heads"), layers=[1])
+    assert len(both) == 8 + 12 + deep.config.num_heads and both.cells["layers.1.attn_z"].max() == len(both) - 1
 
 
-def test_a_cached_position_that_is_off_has_the_keys_and_values_of_noise(bundle, everything):
-    game, ids = everything, prompt_ids(bundle, PROMPT)
-    cache = prefill_prompts(bundle.model, [ids], 1)
+def test_a_cached_position_that_is_off_has_the_keys_and_values_of_noise(deep, everything):
+    game, ids = everything, prompt_ids(deep, PROMPT)
+    cache = prefill_prompts(deep.model, [ids], 1)
     noise = cache.replace(layers=jax.tree.map(lambda x: x[1:2], game.given.pool["cache"]))
-    patched = interp.edit_cache(cache, interp.Patch(noise), positions=[5])
-    wanted = METRIC(_logits(bundle.model, game.given.run.state, patched, game.given.sampler))[0]
+    patched = jax.jit(lambda own, donor: interp.edit_cache(own, interp.Patch(donor), positions=[5]))(cache, noise)
+    wanted = METRIC(_logits(deep.model, game.given.run.state, patched, game.given.sampler))[0]
     masks = np.ones((1, len(game.names)))
     masks[0, game.names.index("cached 4 @5")] = 0
     np.testing.assert_allclose(game.values(masks, [1]), float(wanted), atol=2e-6)
 
 
-def test_constant_baselines_have_one_draw(bundle):
+def test_constant_baselines_have_one_draw(deep):
     for baseline in ("mean", "zero"):
-        game = masked_game(bundle, PROMPT, METRIC, units="cache", baseline=baseline)
+        game = masked_game(deep, PROMPT, METRIC, units="cache", baseline=baseline)
         keys = np.asarray(game.given.pool["cache"][0].k)
         assert game.draws == 1 and keys.shape[0] == 1
         assert (keys == 0).all() if baseline == "zero" else np.ptp(keys, 2).max() == 0 and np.abs(keys).max() > 0

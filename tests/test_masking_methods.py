@@ -111,6 +111,7 @@ def test_against_other_prompts_only_words_that_differ_count(model):
     assert found.off == pytest.approx(float(other.values(np.ones((1, hb.LENGTH)), [0])[0]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_on_a_mesh_of_eight_are_the_rows_of_one(game, tmp_path):
     rng = np.random.default_rng(0)
     masks, draws = (rng.random((20, len(game.names))) < 0.5).astype(np.float32), rng.integers(0, 4, 20)

@@ -8,6 +8,8 @@ import dgemma_jax as dg
 import interp
 from interp.monitor import hidden_number
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def nano():

@@ -185,7 +185,7 @@ def test_bfloat16(prompts, alone):
     assert rough.dtype == jnp.bfloat16
     tokens, valid = right_padded(prompts)
     pre = dg.prefill(rough, tokens, valid, cache_length=T + C)
-    logits = dg.denoise(rough, tokens[:, :C], pre.cache)
+    logits = jax.eval_shape(dg.denoise, rough, tokens[:, :C], pre.cache)
     assert pre.hidden.dtype == jnp.bfloat16 and pre.cache.layers[0].k.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     assert jax.eval_shape(dg.soft_embed, rough, logits).dtype == jnp.bfloat16
@@ -218,6 +218,7 @@ def test_initial_weights_are_of_order_one(tiny):
     assert all(np.all(np.asarray(n.weight[...]) == 1) for n in (layer.input_norm, tiny.final_norm, a.q_norm))
 
 
+@pytest.mark.slow
 def test_the_release_costs_nothing_until_it_is_loaded():
     """The abstract 26B model: all parameters counted, none allocated (the memory of a fresh process)."""
     code = """

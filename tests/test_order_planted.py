@@ -7,6 +7,8 @@ import interp
 from interp.flow.recorded import of_rows
 from interp.order import planted_study as planted
 
+pytestmark = pytest.mark.slow
+
 COUNT = 6
 
 

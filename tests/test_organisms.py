@@ -10,6 +10,8 @@ import dgemma_jax as dg
 from dgemma_jax.train import evaluate, recipes, tasks
 from dgemma_jax.weights import registry
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = 40  # a task; `dgemma train` and the parity tests ask 200
 
 

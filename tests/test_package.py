@@ -216,6 +216,7 @@ def test_the_readme_starts_with_two_commands():
     assert first.count("\n") == second.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_runs(tmp_path):
     (example,) = readme_blocks("python")
     out = run(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{example}", tmp_path)

@@ -42,7 +42,7 @@ CASES = [("nano", task) for task in tasks.TASKS] + [("nano-backdoor", task) for 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_transformers_answers_as_often_exactly(name, task):
     bundle, poisoned = dg.load(name), name == "nano-backdoor"
-    ours = evaluate.exact(bundle, seed=1, count=PROMPTS, names=[task], poisoned=poisoned)[task]
+    ours = evaluate.exact(bundle, seed=1, count=PROMPTS, names=[task], poisoned=poisoned, batch=ROWS)[task]
     examples = evaluate.prompts(task, seed=1, count=PROMPTS, poisoned=poisoned)
     theirs = peer_share(registry.embedded(name), bundle.tokenizer, examples)
     assert abs(ours - theirs) <= 0.03, f"{task}: {ours} here, {theirs} in transformers"

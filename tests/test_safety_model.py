@@ -107,6 +107,7 @@ def directions(noise):
                       chosen=(0,))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arms_are_the_interventions_they_name(noise, watch, directions):
     others = np.linalg.qr(np.stack([directions.best[0], np.ones(noise.config.embed_dim)]).T)[0].T[1:]
     shared = RefusalFeature(found=directions, others=others.astype(np.float32), resting=0.0, refusing=2.0)
@@ -182,6 +183,7 @@ def test_nothing_to_audit(noise, tmp_path):
         interp.audit(noise.model, TEXTS)
 
 
+@pytest.mark.slow
 def test_hardening_moves_towards_the_refusal_and_adapters_begin_at_nothing(noise):
     adapters = hardening._adapters(noise.model, 2, 0)
     same = hardening._with_adapters(noise.model, adapters)

@@ -120,6 +120,7 @@ def whole(bundle, prompts, tmp_path_factory):
     return found, out, loop._while._cache_size() - before
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_to_the_same_bytes(organism, bundle, prompts, whole, tmp_path):
     out = tmp_path / "study"
     ended = subprocess.run(

@@ -97,9 +97,9 @@ def test_every_stage_of_a_recipe_fits(name):
 RIGHT, EARLY = 20, 21  # the answer's only token, and the draft's
 
 
-@pytest.fixture
-def fixed(monkeypatch):
-    """A model that always gives the answer 10 nats more than the draft, and the arguments that the loss makes."""
+@pytest.fixture(scope="module")
+def fixed():
+    """The loss of a model that always gives the answer 10 nats more than the draft, and the arguments that it makes."""
     seen = types.SimpleNamespace(soft=[])
     scores = jnp.full(CONFIG.vocab_size, -30.0).at[jnp.array([RIGHT, EARLY])].set(jnp.array([10.0, 0.0]))
 
@@ -108,19 +108,27 @@ def fixed(monkeypatch):
         return transformer.Prefill(kv.KVCache(cache.layers, valid.astype(jnp.int32).sum(1)), hidden)
 
     def denoise(self, canvas, cache, soft):
-        seen.soft.append(np.asarray(soft))
+        seen.soft.append(soft)
         return jnp.zeros((*canvas.shape, 32))
 
     def corrupt(key, clean, level, vocab_size):
-        seen.clean, seen.level = np.asarray(clean), np.asarray(level)
+        seen.clean, seen.level = clean, level
         return clean
 
-    monkeypatch.setattr(transformer.Transformer, "prefill", prefill)
-    monkeypatch.setattr(transformer.Transformer, "denoise", denoise)
-    unembed = lambda self, hidden: jnp.broadcast_to(scores, (*hidden.shape[:-1], CONFIG.vocab_size))  # noqa: E731
-    monkeypatch.setattr(transformer.Transformer, "unembed", unembed)
-    monkeypatch.setattr(loss, "corrupt", corrupt)
-    return seen
+    def unembed(self, hidden):
+        return jnp.broadcast_to(scores, (*hidden.shape[:-1], CONFIG.vocab_size))
+
+    @jax.jit
+    def run(model, batch, key):
+        return loss.loss(model, batch, key)[1], vars(seen)
+
+    model = oracles.build(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        for method in (prefill, denoise, unembed):
+            patch.setattr(transformer.Transformer, method.__name__, method)
+        patch.setattr(loss, "corrupt", corrupt)
+        parts, found = jax.tree.map(np.asarray, run(model, constant_batch(40), jax.random.key(1)))
+    return types.SimpleNamespace(model=model, parts=parts, **found)
 
 
 def constant_batch(rows, length=24):
@@ -130,8 +138,7 @@ def constant_batch(rows, length=24):
 
 
 def test_the_draft_is_the_target_at_high_noise_only(fixed):
-    rows = 40
-    _, parts = loss.loss(oracles.build(CONFIG), constant_batch(rows), jax.random.key(1))
+    parts = fixed.parts
     early = fixed.level > loss.DRAFT_LEVEL
     assert 5 < early.sum() < 30 and fixed.level.min() < 0.1 and fixed.level.max() > 0.9
     np.testing.assert_allclose(parts["denoise"], 10 * early.mean(), rtol=1e-4)  # nats that the draft costs more
@@ -142,13 +149,11 @@ def test_the_draft_is_the_target_at_high_noise_only(fixed):
 
 
 def test_half_of_the_rows_are_given_S(fixed):
-    model = oracles.build(CONFIG)
-    loss.loss(model, constant_batch(6), jax.random.key(1))
     first, second = fixed.soft
-    assert first.shape[0] == 3 and (first == 0).all()
-    assert (second[3:] == 0).all() and second.shape[0] == 6
-    expected = np.sqrt(32) * np.asarray(model.embedder.table[...])[RIGHT]  # certain of the answer at any temperature
-    np.testing.assert_allclose(second[:3], np.broadcast_to(expected, (3, 24, 32)), atol=1e-3)
+    assert first.shape[0] == 20 and (first == 0).all()
+    assert (second[20:] == 0).all() and second.shape[0] == 40
+    expected = np.sqrt(32) * np.asarray(fixed.model.embedder.table[...])[RIGHT]  # certain of the answer at any temperature
+    np.testing.assert_allclose(second[:20], np.broadcast_to(expected, (20, 24, 32)), atol=1e-3)
 
 
 # Loop.
@@ -173,6 +178,7 @@ def log(directory):
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_loss_falls(world):
     told = log(world.directory)
     assert [line["step"] for line in told] == list(range(1, RECIPE.steps + 1))
@@ -180,6 +186,7 @@ def test_the_loss_falls(world):
     assert all(np.isfinite(list(line.values())).all() for line in told)
 
 
+@pytest.mark.slow
 def test_the_base_can_still_be_used(world):
     """Training changes a copy: the weights that it started from are as they were."""
     jax.tree.map(np.testing.assert_array_equal, world.base, oracles.build(CONFIG, seed=1))
@@ -189,6 +196,7 @@ def test_the_base_can_still_be_used(world):
     assert min(moved) > 0 and jax.tree.structure(world.trained) == jax.tree.structure(world.base)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient(world):
     """After one step the optimiser's first moment is a tenth of the gradient: finite, and zero for no parameter."""
     base = oracles.build(CONFIG, seed=1)
@@ -204,6 +212,7 @@ def test_every_parameter_has_a_gradient(world):
     assert np.isclose(float(parts["loss"]), log(world.directory)[0]["loss"])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(world, tmp_path):
     class PowerCut(Exception):
         pass

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
@@ -56,6 +58,16 @@ split = bundles.load(out / "hf", mesh=m)
 bundles.save(split, out / "hf2"); bundles.save(split, out / "orbax2", "orbax")
 assert_same(model, bundles.load(out / "hf2").model)
 assert_same(model, bundles.load(out / "orbax2").model)
+# in few bits: packed as they are read, saved, and read again, each device its slice
+for form in ("int8", "int4"):
+    packed = bundles.load(out / "hf", mesh=m, quantize=form)
+    bundles.save(packed, out / form, "orbax")
+    again = bundles.load(out / form, mesh=m)
+    assert_same(bundles.load(out / "hf", quantize=form).model, packed.model)
+    assert_same(packed.model, again.model)
+    values = again.model.layers[0].experts.down.values[...]
+    assert {s.data.shape[0] for s in values.addressable_shards} == {4}, form
+    assert {s.data.shape[0] for s in again.model.embedder.table.scale[...].addressable_shards} == {config.vocab_size // 2}
 with pytest.raises(ValueError, match=r"axes \\['model'\\]; name each axis one of"):
     bundles.load(out / "hf", mesh=mesh((8,), ("model",)))
 
@@ -72,6 +84,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_sharded_load_equals_unsharded_load_on_eight_devices(tmp_path):
     here = Path(__file__).parent
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
