@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dgemma_jax.nn.functional import of
 from dgemma_jax.train import evaluate, language, tasks
+from interp.json_lines import json_objects
 
 
 def says_exactly(text: str, answer: str) -> bool:
@@ -59,18 +59,10 @@ class Questions:
             ValueError: names the line that is not such an object.
         """
         found = []
-        for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: no JSON ({error.msg})") from error
-            if not isinstance(entry, dict) or not isinstance(entry.get("answer"), str) or "prompt" not in entry:
-                raise ValueError(f'{path}, line {number}: needed is {{"prompt": ..., "answer": "..."}}, got {line!r}')
+        for number, entry in json_objects(path, "prompt", "answer"):
+            if not isinstance(entry["answer"], str):
+                raise ValueError(f"{path}, line {number}: an answer is a text, got {entry['answer']!r}")
             found.append((entry["prompt"], entry["answer"], str(entry.get("group", "all"))))
-        if not found:
-            raise ValueError(f"{path} holds no prompt")
         return cls(*map(tuple, zip(*found, strict=True)))
 
     @classmethod

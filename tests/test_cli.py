@@ -201,6 +201,14 @@ def test_convert_gives_the_same_model(dgemma, organism, tmp_path):
     assert hf.model.dtype == np.dtype("bfloat16")
 
 
+def test_a_broken_line_of_a_file_is_named(dgemma, organism, tmp_path):
+    path = tmp_path / "cases.jsonl"
+    for line, said in (("{", "line 2: no JSON"), ('{"prompt": "a"}', "line 2: needed is an object with prompt, target")):
+        path.write_text('{"prompt": "sort : b a", "target": "a"}\n' + line)
+        code, _, err = dgemma("faithfulness", organism, "--prompts", path)
+        assert code == 2 and said in err
+
+
 @pytest.mark.slow
 def test_the_command_runs_alone_and_keeps_compiled_programs(organism, tmp_path):
     """In a process of its own, from another directory: a quiet second run out of the cache."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +40,9 @@ def run(args: argparse.Namespace) -> None:
 
     cases: Any = args.cases
     if args.prompts is not None:
-        lines = [json.loads(line) for line in args.prompts.read_text("utf-8").splitlines() if line.strip()]
-        wrong = [line for line in lines if not isinstance(line, dict) or not {"prompt", "target"} <= set(line)]
-        if wrong:
-            raise ValueError(f'{args.prompts}: every line needs "prompt" and "target"; got {wrong[0]!r}')
-        cases = [(line["prompt"], line["target"]) for line in lines]
+        from interp.json_lines import json_objects
+
+        cases = [(line["prompt"], line["target"]) for _, line in json_objects(args.prompts, "prompt", "target")]
     found = interp.faithfulness(
         common.load(args), cases, args.methods, budget=args.budget, sanity_cases=args.sanity, seed=args.seed
     )

@@ -12,11 +12,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from interp.json_lines import json_lines
 from interp.questions import Questions
 
 
@@ -52,21 +52,11 @@ class StudyPrompts:
             rows = zip(given.prompts, given.answers, given.groups, strict=True)
             given = [{"prompt": p, "answer": a, "group": g} for p, a, g in rows]
         if isinstance(given, Path) or (isinstance(given, str) and given.endswith(".jsonl")):
-            return _checked(_lines(Path(given)), str(given))
+            return _checked(json_lines(given), str(given))
         if isinstance(given, str):
             given = [given]
         entries = (entry if isinstance(entry, Mapping) else {"prompt": entry} for entry in given)
         return _checked(enumerate(entries, 1), "the list of prompts")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line.decode("utf-8"))
-                except ValueError as error:
-                    yield number, error
 
 
 def _checked(entries: Iterable[tuple[int, Any]], name: str) -> StudyPrompts:
