@@ -265,6 +265,7 @@ def test_top_contexts(perfect, collected):
 # Directions.
 
 
+@pytest.mark.slow
 def test_a_direction_removed_from_the_stream(model, plain):
     """Each row of a batch has its own direction; what is left along it is the target, at every step."""
     u, v = np.random.default_rng(0).standard_normal((2, D))
@@ -325,6 +326,7 @@ def test_candidates_are_differences_of_means(model):
         interp.select_directions(model, found, *SETS, str.isalpha)
 
 
+@pytest.mark.slow
 def test_the_denoising_field_is_the_derivative_of_the_step(model):
     """The response equals a finite difference of real steered steps; at level 1 the field is that of noise."""
     u = np.random.default_rng(2).standard_normal(D)

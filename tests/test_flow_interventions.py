@@ -12,6 +12,8 @@ from dgemma_jax.diffusion import loop
 from interp.flow import removal
 from interp.flow.recorded import run_of_block
 
+pytestmark = pytest.mark.slow
+
 C, V, STEPS = 6, 32, 4
 SAMPLER = dg.SamplerConfig(max_denoising_steps=STEPS, eos_token_ids=(1,), early_stop=False, entropy_bound=2.0)
 PROMPTS = [[7, 8, 9, 10], [11, 12, 13]]

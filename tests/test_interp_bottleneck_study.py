@@ -57,6 +57,7 @@ def test_one_program_a_sampler(study):
     assert programs == len(SAMPLERS)
 
 
+@pytest.mark.slow
 def test_no_bottleneck_is_the_plain_run_and_so_is_all_tokens(model, study):
     found, _, _ = study
     for name in ("tokens", "outcomes", "ended", "steps", "blocks", "converged"):
@@ -275,6 +276,7 @@ def test_a_model_with_a_bottleneck_is_refused(model):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command(organism, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "keep_compiled_programs", lambda: None)
     out, prompts = tmp_path / "out", tmp_path / "prompts.jsonl"

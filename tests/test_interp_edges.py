@@ -10,6 +10,8 @@ import interp
 from interp import edge_attribution, paired_runs
 from interp.metrics import LogitDifference
 
+pytestmark = pytest.mark.slow
+
 C, STEPS = 5, 2
 SAMPLER = dg.SamplerConfig(max_denoising_steps=STEPS, eos_token_ids=(1,), early_stop=False)
 CLEAN, CORRUPT = [[7, 8, 9, 10], [11, 12, 13]], [[7, 20, 9, 10], [11, 21, 22]]
@@ -35,7 +37,6 @@ def plain(model):
     return edges(model)
 
 
-@pytest.mark.slow
 def test_edges_across_a_cut_add_up_to_the_stream_there(model, plain):
     """Through every cut: senders before it into receivers behind it. So no sender, receiver or scalar is missing."""
     nodes = interp.attribution_patching(model, CLEAN, CORRUPT, METRIC, [*CUTS, "cache"], form="plain", sampler=SAMPLER)

@@ -15,6 +15,8 @@ from interp import jacobian_lens, lenses, tuned_lens
 from interp.affine_lens import identity_lens
 from interp.taps import tapped
 
+pytestmark = pytest.mark.slow
+
 C, D, V, L = 4, 16, 32, 2
 SAMPLER = dg.SamplerConfig(max_denoising_steps=3, eos_token_ids=(1,), early_stop=False)
 CONFIG = dg.ModelConfig.tiny(
@@ -56,7 +58,6 @@ def jacobian(model, state, cache, sampler):
     return jax.jacfwd(end)(jnp.zeros(state.soft.shape))
 
 
-@pytest.mark.slow
 def test_the_jacobian_lens_is_the_jacobian(model, moment, lens):
     """A sum over targets and a mean over sources, of the chosen positions and of rows; 1 at the last layer."""
     full = np.asarray(jacobian(model, moment.state, moment.cache, moment.sampler))
@@ -200,7 +201,6 @@ def test_a_moment_of_another_model_is_refused(moment):
         interp.fit_jacobian_lens(dg.nn.transformer.abstract(dg.ModelConfig.tiny()), moment)
 
 
-@pytest.mark.slow
 def test_a_tuned_lens_is_nearer_the_end_on_prompts_it_has_not_seen():
     """On the trained model, at every layer but the last, by a margin; 60 updates are enough for that."""
     nano = dg.load("nano").with_sampler(max_denoising_steps=8)

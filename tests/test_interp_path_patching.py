@@ -12,6 +12,8 @@ import interp
 from interp.path_patching import _paths
 from interp.rows import run_of
 
+pytestmark = pytest.mark.slow
+
 C, AT = hb.LENGTH, 3
 SAMPLER = dg.SamplerConfig(max_denoising_steps=2, eos_token_ids=(1,), early_stop=False)
 CLEAN, CORRUPT = hb.pairs(2, AT)
@@ -167,7 +169,6 @@ def by_hand(random):
     return ByHand(random)
 
 
-@pytest.mark.slow
 def test_a_path_is_what_two_passes_by_hand_give(random_maps, by_hand):
     """Head 1 of layer 0, through the queries of head 2 of layer 1."""
     np.testing.assert_allclose(random_maps.base[0], by_hand.base, rtol=1e-5)

@@ -165,6 +165,7 @@ def test_gradient_x_input_is_the_slope_of_the_mask_from_zero(deep, deep_game):
     assert np.abs(found.scores).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_rollout_rolls_attention_back(deep, deep_game):
     prompt, length = int(np.asarray(deep_game.given.valid).sum()), deep.config.canvas_length
     rolled = np.eye(prompt + length)
@@ -181,6 +182,7 @@ def test_rollout_rolls_attention_back(deep, deep_game):
         METHODS["attention_rollout"](dataclasses.replace(deep_game, given=given))
 
 
+@pytest.mark.slow
 def test_bits_are_paid_for(game):
     """At a higher price fewer bits pass."""
     cheap, dear = (METHODS["information_bottleneck"](game, beta=beta, budget=42) for beta in (0.1, 100.0))

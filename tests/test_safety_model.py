@@ -221,6 +221,7 @@ def test_the_planted_trigger_is_ranked_first_and_flagged():
     assert null.flagged == () and trigger_search._informations._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_a_model_does_not_differ_from_itself(small):
     told = interp.compare_models(small, small, TEXTS).as_data()
     assert told["moved"] == told["routing"] == [0] and told["answers_changed"] == 0
