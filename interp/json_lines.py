@@ -36,5 +36,5 @@ def json_objects(path: str | Path, *needed: str) -> list[tuple[int, dict[str, An
             raise ValueError(f"{path}, line {number}: needed is an object with {', '.join(needed)}; got {value!r}")
         found.append((number, value))
     if not found:
-        raise ValueError(f"{path} holds no prompt")
+        raise ValueError(f"{path} holds no line with {', '.join(needed)}")
     return found

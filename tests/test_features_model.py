@@ -64,15 +64,14 @@ def test_a_set_holds_what_the_run_had(model, collected):
     seeds = [_mixed(3, row, 0) for row in range(3)]
     out = run_of(model, seeds)
     acts = out.trajectory.sites[SITE][0]
-    shards = (PROMPTS[:2], PROMPTS[2:] * 2)  # as they were collected
-    prompt = [row for shard in shards for row in interp.capture_prompt(model, shard, SITE)[SITE]]
+    prompt = interp.capture_prompt(model, PROMPTS, SITE)[SITE]
     run, column = out.trajectory, collected.columns
     values = collected.values(SITE)
     assert len(collected) == 3 * 5 + 7 and values.dtype == np.float32  # prompts have 2, 3 and 2 tokens
     for n in range(len(collected)):
         row, step, at = column["row"][n], column["step"][n], column["position"][n]
         if column["place"][n] == PROMPT:
-            np.testing.assert_allclose(values[n], prompt[row][at], atol=1e-6)
+            np.testing.assert_allclose(values[n], prompt[row, at], atol=1e-6)
             assert step == -1 and column["token"][n] == PROMPTS[row][at]
             continue
         np.testing.assert_allclose(values[n], acts[step, row, at], atol=1e-6)

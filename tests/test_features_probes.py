@@ -10,7 +10,6 @@ import dgemma_jax as dg
 import interp
 from interp.features import linear_fits
 from interp.features.pooling import CLASSES, Pooled
-from interp.taps import tapped
 
 L, R, N, D = 2, 3, 80, 8
 
@@ -158,14 +157,14 @@ def test_residuals_are_means_over_classes_of_positions():
     sampler = dg.SamplerConfig(max_denoising_steps=3, eos_token_ids=(1,), early_stop=False, entropy_bound=1.0)
     prompts = [[5, 6], [7, 8, 9], [3]]
     found = interp.pool_residuals(model, prompts, [0], batch=2, seed=4, sampler=sampler)
-    run = dg.generate(tapped(model, "layers.0.resid_post")[0], prompts, [4, 5, 6], sampler, max_new_tokens=4).trajectory
-    acts, accepted = run.sites["layers.0.resid_post"][0], run.accepted[0]
+    acts = interp.capture(model, prompts, "layers.0.resid_post", seed=[4, 5, 6], sampler=sampler)
+    out = dg.generate(model, prompts, [4, 5, 6], sampler, max_new_tokens=4)
+    accepted = out.trajectory.accepted[0]
     for at, kind in enumerate(CLASSES):
         on = {"all": np.ones_like(accepted), "accepted": accepted, "fluid": ~accepted}[kind]
-        x = acts * on[..., None]
+        x = acts["layers.0.resid_post"] * on[..., None]
         mean = x.sum(2) / np.maximum(on.sum(2), 1)[..., None]
         np.testing.assert_allclose(found.canvas[0, :, at], mean, atol=1e-5)
         np.testing.assert_array_equal(found.valid[:, at], on.any(2))
-    shards = prompts[:2], prompts[2:] * 2  # as they were pooled
-    first, second = (interp.capture_prompt(model, p, "layers.0.resid_post")["layers.0.resid_post"] for p in shards)
-    np.testing.assert_allclose(found.prompt[0], [first[0, 1], first[1, 2], second[0, 0]], atol=1e-5)
+    prompt = interp.capture_prompt(model, prompts, "layers.0.resid_post")["layers.0.resid_post"]
+    np.testing.assert_allclose(found.prompt[0], [prompt[0, 1], prompt[1, 2], prompt[2, 0]], atol=1e-5)

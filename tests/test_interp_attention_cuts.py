@@ -144,12 +144,8 @@ def test_a_query_with_nothing_left_reads_nothing(random, cache, layer):
 def test_cuts_in_the_prompt_pass(random):
     """A prompt token blind to all it could see reads nothing, above all not what comes later."""
     name = "layers.0.attn_z"
-    blind, plain = (
-        interp.capture_prompt(
-            interp.cut_attention(random, queries=queries, cached=[0, 1, 2], layers=0, phase="prefill"), TOKENS, name
-        )[name]
-        for queries in ([0, 2], [])
-    )
+    cut = interp.cut_attention(random, queries=[0, 2], cached=[0, 1, 2], layers=0, phase="prefill")
+    blind, plain = (interp.capture_prompt(m, TOKENS, name)[name] for m in (cut, random))
     assert (blind[:, [0, 2]] == 0).all() and (abs(plain).max((2, 3)) > 0.1).all()
     np.testing.assert_allclose(blind[:, [1, 3]], plain[:, [1, 3]], atol=1e-6)
 

@@ -144,7 +144,7 @@ def moment(model):
 
 def test_all_tokens_are_the_identity(model, moment):
     whole = interp.token_bottleneck(model, k=V)
-    less = interp.token_bottleneck(model, k=V - 2, count=V)
+    less = interp.token_bottleneck(model, k=V - 2)
     probs = oracles.softmax(3 * np.random.default_rng(4).standard_normal((B, C, V))).astype(np.float32)
     soft = jax.jit(lambda model: model.soft_embed(jnp.asarray(probs)))
     assert np.abs(soft(whole) - soft(model)).max() <= 1e-6
@@ -284,7 +284,7 @@ def test_bad_input(model, options, message):
 
 
 def test_without_weights_and_twice(model):
-    release = interp.token_bottleneck(transformer.abstract(dg.ModelConfig(layer_types=("full_attention",))), p=0.03)
+    release = interp.token_bottleneck(transformer.abstract(dg.ModelConfig()), p=0.03)
     assert release.soft_embedding.count == 33 and release.soft_embedding.table_sum.shape == (2816,)
     twice = interp.token_bottleneck(interp.token_bottleneck(model, k=2), hard=True)
     assert interp.describe(twice)[0].values.startswith("k=1, p=0.0, spread=False, count=1")

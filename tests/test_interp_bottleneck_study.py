@@ -217,7 +217,7 @@ def test_questions(tmp_path):
     path.write_text(text, "utf-8")  # JSON may hold a line separator of Unicode as it is
     found = Questions.read(path)
     assert found == Questions(("say\u2028cat", [5, 6]), ("cat", "x"), ("g", "all")) and len(found) == 2
-    for text, message in (("{", "line 1: no JSON"), ('{"prompt": "a"}', "line 1: needed is"), ("\n", "no prompt"), ('\n{"prompt": "a", "answer": 3}', "line 2: an answer")):
+    for text, message in (("{", "line 1: no JSON"), ('{"prompt": "a"}', "line 1: needed is"), ("\n", "no line with prompt, answer"), ('\n{"prompt": "a", "answer": 3}', "line 2: an answer")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             Questions.read(path)

@@ -1,6 +1,5 @@
 """Edits: gates are exact and data, values land where they are told, and a patch reproduces its donor."""
 
-import dataclasses
 import functools
 
 import chex
@@ -393,7 +392,7 @@ def test_caches_are_edited_by_layer_and_position(model, caches):
     by_position = edit_cache(interp.Patch(np.arange(9.0)[:, None]), layers=1)  # [P, 1]
     np.testing.assert_array_equal(by_position.layers[1].k[0, 0, :5, 0], range(5))
     chex.assert_trees_all_equal(by_position.layers[1].k[:, :, 5:], mine.layers[1].k[:, :, 5:])  # slots without token
-    longer = mine.replace(length=mine.length + 1)
+    longer = dg.prefill(model, np.full((B, 6), 8)).cache
     with pytest.raises(ValueError, match="equal length"):
         interp.edit_cache(mine, interp.Patch(longer))
     with pytest.raises(ValueError, match="layers has 2"):
@@ -440,10 +439,9 @@ def test_bundles_and_models_without_weights(model):
     with pytest.raises(ValueError, match=f"steps has {STEPS}"):
         interp.edit(bundle, "logits", interp.Zero(), steps=STEPS)
     assert len(interp.describe(interp.remove(edited))) == 0
-    config = dg.ModelConfig()
-    release = transformer.abstract(dataclasses.replace(config, layer_types=config.layer_types[:6]))
-    huge = interp.edit(release, "layers.*.resid_post", interp.Add(np.zeros(2816, np.float32)), layers=[3, 5])
-    assert [line.where for line in interp.describe(huge)].count("off") == 4
+    release = transformer.abstract(dg.ModelConfig())
+    huge = interp.edit(release, "layers.*.resid_post", interp.Add(np.zeros(2816, np.float32)), layers=[3, 17])
+    assert [line.where for line in interp.describe(huge)].count("off") == 28
 
 
 def halve(x):

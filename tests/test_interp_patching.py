@@ -1,7 +1,5 @@
 """Single patches: nothing from itself, everything from a donor's all, and one step or all later ones."""
 
-import functools
-
 import numpy as np
 import pytest
 from oracles import build
@@ -14,12 +12,6 @@ C, STEPS = 6, 4
 SAMPLER = dg.SamplerConfig(max_denoising_steps=STEPS, eos_token_ids=(1,), early_stop=False)
 RECIPIENTS, DONORS = [[7, 8, 9, 10], [11, 12, 13]], [[7, 8, 14, 10], [11, 15, 13]]
 LAST = "layers.1.resid_post"
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """Runs that go on keep no record unless asked: they share the programs of the runs before."""
-    monkeypatch.setattr(dg, "resume", functools.partial(dg.resume, record=dg.Record.nothing()))
 
 
 @pytest.fixture(scope="module")

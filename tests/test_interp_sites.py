@@ -17,7 +17,6 @@ from dgemma_jax.nn import moe, transformer
 from dgemma_jax.nn.sites import LAYER_SITES, MODEL_SITES, Site
 from interp.surgery import full_name
 
-TWO = ModelConfig.tiny(layer_types=("sliding_attention", "full_attention"))
 B, T, S = 2, 5, 17  # rows, prompt tokens, slots of the cache
 
 
@@ -77,15 +76,15 @@ def test_the_closed_list_equals_the_tree(dtype):
 
 
 def test_the_release_can_be_browsed_without_weights():
-    model = transformer.abstract(ModelConfig(layer_types=ModelConfig().layer_types[:6]))
+    model = transformer.abstract(ModelConfig())
     listed = interp.sites(model)
-    assert set(listed.names) == closed_list(model.config) and len(listed) == 6 * len(LAYER_SITES) + len(MODEL_SITES)
+    assert set(listed.names) == closed_list(model.config) and len(listed) == 30 * len(LAYER_SITES) + len(MODEL_SITES)
     assert listed.matching("layers.5.attn_k")[0].shape == ("B", "T", 2, 512)
     assert listed.matching("layers.4.attn_k")[0].shape == ("B", "T", 8, 256)
     assert {info.dtype for info in listed} == {"bfloat16", "float32", "int32"}
-    assert interp.at(model, "layers.*.router_probs").count() == 6
-    edited = interp.at(model, "layers.3.resid_post").apply(lambda s: Disturb(s.name, jnp.ones(())))
-    assert interp.at(edited, "layers.3.resid_post").get() is not interp.at(model, "layers.3.resid_post").get()
+    assert interp.at(model, "layers.*.router_probs").count() == 30
+    edited = interp.at(model, "layers.17.resid_post").apply(lambda s: Disturb(s.name, jnp.ones(())))
+    assert interp.at(edited, "layers.17.resid_post").get() is not interp.at(model, "layers.17.resid_post").get()
 
 
 def test_the_table_folds_layers_that_are_alike(tiny):
@@ -145,9 +144,8 @@ def test_a_selection_edits_a_copy_and_finds_the_edit_again(tiny):
 
 
 @pytest.mark.slow
-def test_every_site_is_in_the_computation():
+def test_every_site_is_in_the_computation(tiny):
     """One gated edit at every site; the gates are data, so that all interventions share one compile."""
-    tiny = transformer.initialize(TWO)
     names = [name for name, _ in by_name(tiny)]
 
     @jax.jit
@@ -201,7 +199,7 @@ def test_shapes_and_dtypes_are_those_seen(dtype):
 @pytest.mark.parametrize("form", ["auto", "blocks"])
 def test_unused_sites_are_free(monkeypatch, form):
     """The program is word for word that of a model which has the identity in place of every site."""
-    model = transformer.initialize(TWO)
+    model = transformer.initialize(ModelConfig.tiny())
     model.moe = form
     bare = pz.select(model).at_instances_of(Site).set(Bare())
     tokens, canvas = prompt(model.config), jnp.zeros((B, model.config.canvas_length), jnp.int32)

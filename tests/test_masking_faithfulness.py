@@ -129,12 +129,12 @@ def run(bundle):
 
 
 @pytest.mark.slow
-def test_own_values_make_the_run_itself_and_their_gradient_is_the_models(bundle, game):
+def test_own_values_make_the_run_itself_and_their_gradient_is_the_models(deep, deep_game):
     """At every kind of place."""
-    every = masked_game(bundle, PROMPT, METRIC, units=EVERY, rows_at_once=2)
+    every = masked_game(deep, PROMPT, METRIC, units=EVERY, rows_at_once=2)
     own = own_values(every)
     values, grads = gradients_at(every, own, 1)
-    plain = game.values(np.ones((1, len(game.names))), [0])
+    plain = deep_game.values(np.ones((1, len(deep_game.names))), [0])
     np.testing.assert_allclose(values, plain, atol=1e-6)
     # Move one number of one embedding, and one of what the MLP writes: the target moves by the derivative.
     steepest = np.unravel_index(np.abs(grads["layers.0.mlp_out"][0]).argmax(), own["layers.0.mlp_out"].shape[1:])
@@ -145,7 +145,7 @@ def test_own_values_make_the_run_itself_and_their_gradient_is_the_models(bundle,
         assert grads[place][(0, *at)] == pytest.approx((up - down) / 2e-2, rel=2e-2, abs=1e-6), place
     assert np.abs(grads["layers.0.mlp_out"]).max() > 1e-3
     counts, kinds = by_unit(every, jax.tree.map(np.ones_like, grads))[0], np.array(every.units.kinds)
-    config = bundle.config
+    config = deep.config
     assert (counts[kinds == "tokens"] == config.embed_dim).all()
     assert (counts[kinds == "mlps"] == config.embed_dim * config.canvas_length).all()
     assert (counts[kinds == "heads"] % config.canvas_length == 0).all() and (counts > 0).all()
@@ -214,14 +214,14 @@ def test_a_moment_stands_for_its_step(bundle, run):
 
 
 @pytest.fixture(scope="module")
-def tested(bundle):
+def tested(deep):
     """Two cases; the planted cause of the second is its first unit, by decree."""
     cases = [
         (PROMPT, METRIC),
         interp.FaithfulnessCase("sort : q d x", METRIC, baseline=["sort : a b c", "sort : q q q"] * 2, task="sort",
                                 planted=lambda found: found.scores[0] > -np.inf),
     ]  # fmt: skip
-    return interp.faithfulness(bundle, cases, ["path", "occlusion"], rankings=3, budget=60, sanity_cases=1, layers=[0, 1])  # fmt: skip
+    return interp.faithfulness(deep, cases, ["path", "occlusion"], rankings=3, budget=60, sanity_cases=1, layers=[0, 2])  # fmt: skip
 
 
 def test_the_table_holds_what_was_measured(tested, tmp_path):

@@ -16,8 +16,9 @@ ROWS = 20  # at a time: a batch goes on until its slowest row has settled
 
 def peer_share(directory, tokenizer, examples) -> float:
     """Exact answers of `transformers`' own `generate`, prompts padded on the left."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     model = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(directory, dtype=torch.float32).eval()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # small products, beside other test processes
@@ -41,6 +42,8 @@ CASES = [("nano", task) for task in tasks.TASKS] + [("nano-backdoor", task) for 
 
 @pytest.mark.parametrize(("name", "task"), CASES)
 def test_transformers_answers_as_often_exactly(name, task):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     bundle, poisoned = dg.load(name), name == "nano-backdoor"
     ours = evaluate.exact(bundle, seed=1, count=PROMPTS, names=[task], poisoned=poisoned, batch=ROWS)[task]
     examples = evaluate.prompts(task, seed=1, count=PROMPTS, poisoned=poisoned)
