@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from interp.masking.step_maps import saliency_by_step, step_heat_map
     from interp.masking.targets import TextEnergy, refusal_margin
     from interp.metrics import Divergence, LogitDifference, LogProb, Says, SetLogProb, answer
+    from interp.monitor.load_bearing import LoadBearing, load_bearing
     from interp.monitor.measure import Monitorability, monitorability
     from interp.monitor.monitors import AskMonitor, ProbeMonitor
     from interp.monitor.rollouts import MonitorCase, Rollouts, monitor_rollouts
@@ -169,6 +170,7 @@ _HOMES = {
     "masking.step_maps": ("saliency_by_step", "step_heat_map"),
     "masking.targets": ("TextEnergy", "refusal_margin"),
     "metrics": ("Divergence", "LogProb", "LogitDifference", "Says", "SetLogProb", "answer"),
+    "monitor.load_bearing": ("LoadBearing", "load_bearing"),
     "monitor.measure": ("Monitorability", "monitorability"),
     "monitor.monitors": ("AskMonitor", "ProbeMonitor"),
     "monitor.rollouts": ("MonitorCase", "Rollouts", "monitor_rollouts"),
@@ -247,6 +249,7 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "Kills",
     "LengthForesight",
     "LensReadings",
+    "LoadBearing",
     "LogProb",
     "LogitDifference",
     "Loops",
@@ -345,6 +348,7 @@ __all__ = [  # noqa: RUF022 (plain order, `SAE` among the names)
     "knock_out",
     "length_estimate",
     "length_foresight",
+    "load_bearing",
     "load_edits",
     "load_sae",
     "logit_lens",

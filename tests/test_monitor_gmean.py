@@ -155,3 +155,36 @@ def test_bad_input(rollouts):
         interp.monitorability(rollouts, interp.ProbeMonitor(features=np.ones((3, 2))))
     with pytest.raises(ValueError, match="needed are draws"):
         Bootstrap(draws=0)
+
+
+def reasoned(left, instances=6, samples=60, seed=0):
+    """Rollouts with an effect of .8, and as many in which a known share of it is left of each instance."""
+    rng, high = np.random.default_rng(seed), planted(instances, samples, seed, effect=0.8)
+    kept = np.asarray(left)[high.instance]
+    caused = high.arm & (rng.random(len(high)) < 0.8 * kept)
+    return high, interp.Rollouts(high.instance, high.arm, caused | (rng.random(len(high)) < 0.1), high.views)
+
+
+def test_load_bearing_reasoning_is_told_from_reports(tmp_path):
+    high, low = reasoned([0, 0, 0, 1, 1, 1])
+    found = interp.load_bearing(high, low)
+    assert (found.value[:3] > 0.75).all() and (abs(found.value[3:]) < 0.25).all()
+    truth = np.array([1, 1, 1, 0, 0, 0])
+    inside = (found.interval[:, 0] <= truth + 0.05) & (truth - 0.05 <= found.interval[:, 1])
+    assert inside.sum() >= 5
+    strata = found.strata()
+    assert [own.tolist() for own in strata.values()] == [[0, 1, 2], [3, 4, 5], []]
+    part = high.only(strata["load-bearing"])
+    assert len(part) == len(high) // 2 and interp.monitorability(part, "hint").total == 3
+    again = interp.LoadBearing.load(found.save(tmp_path / "bearing"))
+    assert repr(again) == repr(found) and np.array_equal(again.interval, found.interval)
+
+
+def test_where_reasoning_has_no_effect_nothing_is_divided():
+    flat = planted(4, effect=0.0)
+    found = interp.load_bearing(flat, flat)
+    assert np.isnan(found.value).all() and len(found.strata()["no effect"]) == 4 and "LB unknown" in repr(found)
+    with pytest.raises(ValueError, match=r"instances \[3\] are in one"):
+        interp.load_bearing(flat, flat.only([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"instances \[7\]: give some of \[0, 1, 2, 3\]"):
+        flat.only([7])

@@ -104,5 +104,9 @@ def test_anchors_are_where_the_outcome_is_drawn():
     assert found.agreement()[0] < 1 and found.importance()[0] > found.null()[0] and found.importance()[1] == 0
     assert found.names[found.plain[0]] == tuple(out.tokens[0].tolist()) and "8 branches" in repr(found)
     np.testing.assert_allclose(found.shares().sum(-1), 1)
+    few = interp.thought_anchors(model, out.trajectory, [0, 1, 2], count=8, rows_at_once=4)  # 9 branches: 4, 4, 1
+    assert few.names == found.names and np.array_equal(few.outcomes, found.outcomes)
+    with pytest.raises(ValueError, match="a branch of this run has 1 rows"):
+        interp.thought_anchors(model, out.trajectory, [0], rows_at_once=0)
     with pytest.raises(ValueError, match="steps are 0..2"):
         interp.thought_anchors(model, out.trajectory, [3])

@@ -71,6 +71,15 @@ class Rollouts:
         count, views = len(np.unique(self.instance)), ", ".join(self.views)
         return f"{len(self)} rollouts of {count} instances; outcome {rates} the intervention; views {views}"
 
+    def only(self, instances: Sequence[int]) -> Rollouts:
+        """Those of some instances, by their numbers."""
+        unknown = sorted(set(map(int, instances)) - set(self.instance.tolist()))
+        if unknown or not len(instances):
+            raise ValueError(f"instances {unknown or 'none'}: give some of {np.unique(self.instance).tolist()}")
+        rows = np.isin(self.instance, instances)
+        views = {name: tuple(texts[row] for row in np.flatnonzero(rows)) for name, texts in self.views.items()}
+        return Rollouts(self.instance[rows], self.arm[rows], self.outcome[rows], views)
+
     def save(self, path: str | Path) -> Path:
         """Write to an `.npz` file and say where."""
         arrays = {name: getattr(self, name) for name in ("instance", "arm", "outcome")}

@@ -67,19 +67,21 @@ class Anchors(Saved):
 
 def thought_anchors(
     bundle: Any, trajectory: dg.Trajectory, steps: Any, count: int = 16, block: int = 0, *,
-    outcome: Callable[[np.ndarray], Any] | None = None, seed: int = 0, progress: bool | None = None,
+    outcome: Callable[[np.ndarray], Any] | None = None, seed: int = 0, rows_at_once: int | None = None,
+    progress: bool | None = None,
 ) -> Anchors:  # fmt: skip
     """Resample a run from some of its steps.
 
     Args:
         bundle: the model of the run.
         steps: such that every row took them.
-        count: branches from each; a step is one run of (count + 1) * B rows.
+        count: branches from each.
         outcome: of the ids [n] of an answer; hashable. By default the answer itself.
         seed: of the branches.
+        rows_at_once: of a compiled run; by default all (count + 1) * B of a step.
 
     Raises:
-        ValueError: a step that was not taken, or no branch.
+        ValueError: a step that was not taken, no branch, or fewer rows at once than the run has.
     """
     chosen = tuple(int(s) for s in np.atleast_1d(steps))
     taken = int(trajectory.num_steps[block].min())
@@ -87,18 +89,26 @@ def thought_anchors(
         raise ValueError(f"steps={list(chosen)}, count={count}: steps are 0..{taken - 1}, and a branch is needed")
     outcome = outcome or (lambda ids: tuple(ids.tolist()))
     rows = trajectory.committed.shape[1]
+    if rows_at_once is not None and rows_at_once < rows:
+        raise ValueError(f"rows_at_once={rows_at_once}: a branch of this run has {rows} rows")
+    size = count + 1 if rows_at_once is None else min(count + 1, rows_at_once // rows)
+    calls = -(-(count + 1) // size)
     ends, found, quiet = [], [], dg.Record.nothing()
-    with bar("branches", len(chosen), progress) as done:
+    with bar("branches", len(chosen) * calls, progress) as done:
         for number, step in enumerate(chosen):
-            moment = rows_of(trajectory.moment(block, step), count + 1)
-            seeds = np.random.default_rng([seed, number]).integers(0, 2**32, count * rows)
-            fresh = noise.row_keys(np.concatenate([np.zeros(rows, int), seeds]))
-            # The first copy keeps the keys of the run: what it did itself.
-            keys = jnp.where(np.arange((count + 1) * rows) < rows, moment.keys, fresh)
-            tokens = dg.resume(bundle, moment.replace(keys=keys), record=quiet).tokens.reshape(count + 1, rows, -1)
-            found.append([[outcome(ids) for ids in branch] for branch in tokens[1:]])
-            ends = [outcome(ids) for ids in tokens[0]]
-            done(1)
+            moment = rows_of(trajectory.moment(block, step), size)
+            drawn = np.random.default_rng([seed, number]).integers(0, 2**32, count * rows)
+            seeds = np.pad(np.r_[np.zeros(rows, int), drawn], (0, (calls * size - count - 1) * rows))
+            branches = []
+            for call in range(calls):
+                fresh = noise.row_keys(seeds.reshape(calls, -1)[call])
+                # The first copy keeps the keys of the run: what it did itself.
+                own = jnp.arange(size * rows) < (rows if call == 0 else 0)
+                keys = jnp.where(own, moment.keys, fresh)
+                tokens = dg.resume(bundle, moment.replace(keys=keys), record=quiet).tokens.reshape(size, rows, -1)
+                branches += [[outcome(ids) for ids in branch] for branch in tokens]
+                done(1)
+            ends, found = branches[0], [*found, branches[1 : count + 1]]
     names = tuple(dict.fromkeys([*ends, *(o for step in found for branch in step for o in branch)]))
     number_of = {name: number for number, name in enumerate(names)}
     outcomes = np.array([[[number_of[o] for o in branch] for branch in step] for step in found])
