@@ -38,6 +38,10 @@ class Chunks:
         Raises:
             ValueError: the file is of another sweep.
         """
+        return self.all_kept(group, name, lambda: {"values": compute()})["values"]
+
+    def all_kept(self, group: int, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The same of a chunk of several arrays."""
         if self.directory is None:
             return compute()
         path = self.directory / f"{group}-{name}.npz"
@@ -48,10 +52,10 @@ class Chunks:
                     f"{self.directory} holds chunks of another sweep (other weights, prompts or settings); "
                     "give an empty directory"
                 )
-            return arrays["values"]
+            return arrays
         values = compute()
         about = {"kind": _KIND, "sweep": self.sweep}
-        part = array_files.write(path.with_suffix(".part.npz"), {"values": values}, about)
+        part = array_files.write(path.with_suffix(".part.npz"), values, about)
         os.replace(part, path)  # a file is there whole or not at all
         return values
 

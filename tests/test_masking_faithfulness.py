@@ -12,7 +12,7 @@ import pytest
 
 import dgemma_jax as dg
 import interp
-from interp.masking import input_values
+from interp.masking import faithfulness_suite, input_values
 from interp.masking.faithfulness_cases import as_cases, resampled
 from interp.masking.game import Counted, FunctionGame
 from interp.masking.input_values import by_unit, gradients_at, own_values
@@ -213,15 +213,37 @@ def test_a_moment_stands_for_its_step(bundle, run):
 # ---- tests of maps ---------------------------------------------------------------------------------
 
 
+CASES = [
+    (PROMPT, METRIC),
+    interp.FaithfulnessCase("sort : q d x", METRIC, baseline=["sort : a b c", "sort : q q q"] * 2, task="sort",
+                            planted=lambda found: found.scores[0] > -np.inf),
+]  # fmt: skip
+TESTS = dict(methods=["path", "occlusion"], rankings=3, budget=60, sanity_cases=1, layers=[0, 2])
+
+
 @pytest.fixture(scope="module")
-def tested(deep):
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
+def tested(deep, kept):
     """Two cases; the planted cause of the second is its first unit, by decree."""
-    cases = [
-        (PROMPT, METRIC),
-        interp.FaithfulnessCase("sort : q d x", METRIC, baseline=["sort : a b c", "sort : q q q"] * 2, task="sort",
-                                planted=lambda found: found.scores[0] > -np.inf),
-    ]  # fmt: skip
-    return interp.faithfulness(deep, cases, ["path", "occlusion"], rankings=3, budget=60, sanity_cases=1, layers=[0, 2])  # fmt: skip
+    return interp.faithfulness(deep, CASES, **TESTS, keep=kept)
+
+
+def test_finished_cases_are_not_made_again(tested, deep, kept, monkeypatch):
+    made = []
+    real = faithfulness_suite.maps_of
+    monkeypatch.setattr(faithfulness_suite, "maps_of", lambda *args: made.append(args) or real(*args))
+    again = interp.faithfulness(deep, CASES, **TESTS, keep=kept)
+    assert not made and repr(again) == repr(tested)
+    with pytest.raises(ValueError, match="another sweep"):
+        interp.faithfulness(deep, CASES, **TESTS | {"budget": 61}, keep=kept)
+    (kept / "1-case.npz").unlink()  # cut off before it was written
+    again = interp.faithfulness(deep, CASES, **TESTS, keep=kept)
+    assert len(made) == 1
+    np.testing.assert_array_equal(again.areas, tested.areas)
 
 
 def test_the_table_holds_what_was_measured(tested, tmp_path):

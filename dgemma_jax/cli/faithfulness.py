@@ -30,6 +30,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--budget", type=int, default=256, metavar="N", help="evaluations of a map (256)")
     command.add_argument("--sanity", type=int, default=2, metavar="N", help="cases put to shuffled weights as well (2)")
     command.add_argument("--seed", type=int, default=0, help="(0)")
+    command.add_argument("--keep", type=Path, metavar="DIR", help="keeps finished cases: the same call goes on")
     command.add_argument("--out", type=Path, metavar="FILE", help="write all numbers (.npz) and the curves (.png)")
     command.set_defaults(run=run)
     return command
@@ -44,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
 
         cases = [(line["prompt"], line["target"]) for _, line in json_objects(args.prompts, "prompt", "target")]
     found = interp.faithfulness(
-        common.load(args), cases, args.methods, budget=args.budget, sanity_cases=args.sanity, seed=args.seed
+        common.load(args), cases, args.methods, budget=args.budget, sanity_cases=args.sanity, seed=args.seed,
+        keep=args.keep,
     )
     print(found)
     if args.out is not None:

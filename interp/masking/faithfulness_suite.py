@@ -20,8 +20,10 @@ method is tested on the very baselines that it used.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgemma_jax.nn.functional import of
-from interp.masking.faithfulness_cases import as_cases, planted_cases, resampled
+from interp.kept_chunks import Chunks, words
+from interp.masking.faithfulness_cases import FaithfulnessCase, as_cases, planted_cases, resampled
 from interp.masking.faithfulness_tables import GRID, Faithfulness
 from interp.masking.game import Found
 from interp.masking.masked_diffusion import BASELINES, METHODS, estimate, masked_game
@@ -50,7 +53,7 @@ def faithfulness(
     bundle: Any, cases: Iterable[Any] | int = 20, methods: Sequence[str] | None = None, *,
     replacements: Sequence[str] = REPLACEMENTS, rankings: int = 20, budget: int = 256, draws: int = 8,
     test_draws: int = 2, sanity_cases: int = 2, layers: Sequence[int] | None = None, seed: int = 0,
-    rows_at_once: int | None = None, progress: bool | None = None, **options: Any,
+    rows_at_once: int | None = None, keep: str | Path | None = None, progress: bool | None = None, **options: Any,
 ) -> Faithfulness:  # fmt: skip
     """Test methods of saliency against the model, against chance, and against each other.
 
@@ -69,6 +72,7 @@ def faithfulness(
         draws, test_draws: of the baseline of the maps, of each replacement.
         sanity_cases: of these also the maps of shuffled weights, another target and another seed are made.
         layers: how many top layers are shuffled, rising; by default one, half, and all.
+        keep: a directory for finished cases; the same call made again goes on after them.
         **options: of `masked_game` (`step`, `positions`, `sampler`, `thinking`, ...).
 
     Raises:
@@ -89,42 +93,19 @@ def faithfulness(
     layers = sorted({1, -(-total // 2), total}) if layers is None else list(layers)
     options = options | {"rows_at_once": rows_at_once}
     checked = np.linspace(0, len(cases) - 1, min(sanity_cases, len(cases))).round().astype(int)
-    rows, checks = [], []
+    settings = [
+        methods, replacements, rankings, budget, draws, test_draws, layers, seed, sorted(map(repr, options.items())),
+        [(case.prompt, repr(case.target) if isinstance(case.target, str | TextEnergy) else words(case.target),
+          repr(case.units), repr(case.baseline)) for case in cases],
+    ]  # fmt: skip
+    store, rows, checks = Chunks(keep, bundle, *settings), [], []
     with bar("faithfulness", len(cases) + len(checked), progress, "cases") as done:
         for number, case in enumerate(cases):
-            own = seed + number
-            plain = isinstance(case.baseline, str)
-            baseline, left = (case.baseline, None) if plain else (case.baseline[::2], case.baseline[1::2][:test_draws])
-            if not plain:  # as many as of noise: one program
-                baseline = [baseline[i % len(baseline)] for i in range(draws)]
-            game = masked_game(
-                bundle, case.prompt, case.target, units=case.units, baseline=baseline, draws=draws, seed=own, **options
-            )
-            maps, spent = maps_of(game, methods, budget, own)
-            # From here on the target is that of the first run, whatever other runs answer.
-            target = case.target if isinstance(case.target, TextEnergy) else game.metric
-            fixed = options | {"units": case.units, "step": int(np.argmax(np.asarray(game.given.first)))}
-            instead = {
-                "noise": "noise", "mean": "mean", "contrast": left,
-                "resample": resampled(bundle, cases, number, test_draws, own + APART),
-            }  # fmt: skip
-            tests = [
-                None if instead[name] is None else on_the_run_of(game, masked_game(
-                    bundle, case.prompt, target, baseline=instead[name], draws=test_draws, seed=own + APART, **fixed
-                ))
-                for name in replacements
-            ]  # fmt: skip
-            rows.append(_measured(case, maps, tests, rankings, own) | spent)
+            tested = _Tested(bundle, cases, number, methods, replacements, budget, draws, test_draws, seed, options)
+            rows.append(store.all_kept(number, "case", lambda tested=tested: tested.row(rankings)))
             done(1, case.task)
             if number in checked:
-                again = masked_game(
-                    bundle, case.prompt, target, baseline=baseline, draws=draws, seed=own + APART, **fixed
-                )
-                others = [dataclasses.replace(game, bundle=randomized(bundle, count, seed)) for count in layers]
-                others += [other_target(game, seed), again]
-                found = [maps_of(one, methods, budget, own + (one is again) * APART)[0] for one in others]
-                checks.append([[rank_correlation(a.scores, b.scores) for a, b in zip(maps, one, strict=True)]
-                               for one in found])  # fmt: skip
+                checks.append(store.kept(number, "sanity", lambda tested=tested: tested.checks(layers)))
                 done(1, "sanity")
     arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     checks = np.reshape(checks, (len(checks), len(layers) + 2, len(methods)))
@@ -134,6 +115,80 @@ def faithfulness(
         about={"budget": budget, "draws": draws, "test_draws": test_draws, "rankings": rankings, "seed": seed,
                "model": str(getattr(bundle, "source", None) or "a model").rsplit("/", 1)[-1]},
     )  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Tested:
+    """One case: its game and maps, made when first asked for."""
+
+    bundle: Any
+    cases: Sequence[FaithfulnessCase]
+    number: int
+    methods: Sequence[str]
+    replacements: Sequence[str]
+    budget: int
+    draws: int
+    test_draws: int
+    base_seed: int
+    options: dict[str, Any]
+
+    @property
+    def case(self) -> FaithfulnessCase:
+        return self.cases[self.number]
+
+    @property
+    def seed(self) -> int:
+        return self.base_seed + self.number
+
+    @functools.cached_property
+    def baselines(self) -> tuple[Any, Any]:
+        """What the maps use, and the contrast prompts left to tests."""
+        given = self.case.baseline
+        if isinstance(given, str):
+            return given, None
+        own = given[::2]  # as many as of noise: one program
+        return [own[i % len(own)] for i in range(self.draws)], given[1::2][: self.test_draws]
+
+    @functools.cached_property
+    def game(self) -> MaskedGame:
+        case = self.case
+        return masked_game(
+            self.bundle, case.prompt, case.target, units=case.units, baseline=self.baselines[0], draws=self.draws,
+            seed=self.seed, **self.options,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def maps(self) -> tuple[list[Found], dict[str, np.ndarray]]:
+        return maps_of(self.game, self.methods, self.budget, self.seed)
+
+    def other(self, baseline: Any, draws: int) -> MaskedGame:
+        """The game under another baseline and seed; its target is that of the first run, whatever others answer."""
+        target = self.case.target if isinstance(self.case.target, TextEnergy) else self.game.metric
+        return masked_game(
+            self.bundle, self.case.prompt, target, baseline=baseline, draws=draws, seed=self.seed + APART,
+            **self.options | {"units": self.case.units, "step": int(np.argmax(np.asarray(self.game.given.first)))},
+        )  # fmt: skip
+
+    def row(self, rankings: int) -> dict[str, np.ndarray]:
+        drawn = resampled(self.bundle, self.cases, self.number, self.test_draws, self.seed + APART)
+        instead = {"noise": "noise", "mean": "mean", "contrast": self.baselines[1], "resample": drawn}
+        tests = [
+            None if instead[name] is None
+            else on_the_run_of(self.game, self.other(instead[name], self.test_draws))
+            for name in self.replacements
+        ]  # fmt: skip
+        maps, spent = self.maps
+        return _measured(self.case, maps, tests, rankings, self.seed) | spent
+
+    def checks(self, layers: Sequence[int]) -> np.ndarray:
+        """[len(layers) + 2, M] rank correlations with the maps of shuffled weights, another target, another seed."""
+        again = self.other(self.baselines[0], self.draws)
+        others = [dataclasses.replace(self.game, bundle=randomized(self.bundle, n, self.base_seed)) for n in layers]
+        others += [other_target(self.game, self.base_seed), again]
+        return np.array([
+            [rank_correlation(a.scores, b.scores) for a, b in zip(self.maps[0], found, strict=True)]
+            for found in (maps_of(g, self.methods, self.budget, self.seed + (g is again) * APART)[0] for g in others)
+        ])  # fmt: skip
 
 
 def maps_of(
