@@ -16,7 +16,7 @@ from dgemma_jax.nn import grouped, moe
 from dgemma_jax.nn.packed import pack
 from dgemma_jax.nn.sites import Site
 
-FORMS = ("dense", "scan", "blocks", "ragged")
+FORMS = ("dense", "scan", "blocks", "capacity", "ragged")
 D, F = 8, 4
 
 
@@ -107,9 +107,20 @@ def test_blocks_are_enough_for_any_load():
         assert np.sum(-(-load // size)) <= -(-tokens * top // size) + experts - 1
 
 
+def test_even_loads_fit_and_any_other_goes_to_blocks(monkeypatch):
+    """No token is dropped: what does not fit is done by `blocks`, which is not touched otherwise."""
+    assert [moe.room_of(a, e) for a, e in ((1024, 32), (2048, 128), (8, 8), (1, 40))] == [64, 40, 8, 8]
+    even, odd = draw(64, 8, 2), draw(64, 8, 2, "same")
+    assert np.count_nonzero(even[1], 0).max() <= moe.room_of(128, 8) < np.count_nonzero(odd[1], 0).max()
+    monkeypatch.setattr(moe, "blocks", lambda top, x, *rest: jnp.full_like(x, jnp.nan))
+    run = jax.jit(functools.partial(moe.capacity, 2))
+    np.testing.assert_allclose(run(*even), oracles.experts(*even), atol=2e-5)
+    assert np.isnan(run(*odd)).all()
+
+
 def test_choice_of_form():
     table = {
-        ("cpu", 256, 8, 2): "dense", ("cpu", 256, 128, 8): "blocks", ("cpu", 1, 128, 8): "dense",
+        ("cpu", 256, 8, 2): "dense", ("cpu", 256, 128, 8): "capacity", ("cpu", 1, 128, 8): "dense",
         ("cuda", 256, 128, 8): "dense", ("cuda", 4096, 128, 8): "blocks", ("cuda", 4096, 16, 8): "dense",
         ("tpu", 512, 128, 8): "dense", ("tpu", 513, 128, 8): "blocks",
         ("tpu", 256, 128, 8, "edf"): "ragged", ("tpu", 256, 16, 8, "edf"): "dense", ("cpu", 1, 128, 8, "edf"): "dense",
@@ -123,7 +134,7 @@ def test_auto_is_decided_by_the_platform_compiled_for():
     auto = jax.jit(functools.partial(moe.run, "auto", 2))
     traced = auto.trace(*args)
     texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
-    assert ("stablehlo.while" in texts["cpu"], "stablehlo.while" in texts["cuda"]) == (True, False)
+    assert ("stablehlo.while" in texts["cpu"], "stablehlo.while" in texts["cuda"]) == (True, False)  # the blocks for loads that do not fit
     np.testing.assert_allclose(auto(*args), oracles.experts(*args), atol=2e-5)
     few = jax.jit(functools.partial(moe.run, "auto", 2)).lower(*draw(12, 4, 2)).as_text()
     assert "stablehlo.while" not in few and "stablehlo.case" not in few

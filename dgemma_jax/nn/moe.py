@@ -4,11 +4,12 @@
 |---|---|---|
 | dense | every expert on every token | one canvas on any GPU, few experts, forward-mode derivatives |
 | scan | the same, one expert at a time | gradients in the weights with many experts |
-| blocks | chosen experts only: tokens gathered by expert, padded to blocks | many experts on CPU, long prompts |
+| blocks | chosen experts only: tokens gathered by expert, padded to blocks | long prompts, experts of any load |
+| capacity | the same, with room for an even load everywhere; `blocks` where it is too little | many experts on CPU |
 | ragged | chosen experts only: tokens sorted by expert, `lax.ragged_dot` | TPU, with the layout "edf" |
 | mosaic | the same with the Mosaic kernels that come with JAX | H100, H200 and their kin, in 16 bits |
 
-All pass `vmap` and `grad`; the first three are plain JAX and pass `jvp` too. Beware of "ragged" on NVIDIA GPUs: XLA
+All pass `vmap` and `grad`; the first four are plain JAX and pass `jvp` too. Beware of "ragged" on NVIDIA GPUs: XLA
 expands it to a masked product of all tokens with all experts. "mosaic" means the kernel on CUDA where it can run (see
 `grouped.fits_hopper`) and "auto" otherwise. Nothing here asks which device is there: a CUDA program does not know
 which GPU it is for, so whoever places the weights chooses (`nn.placement`).
@@ -21,6 +22,7 @@ experts, whose weights take 0.35 ms a layer to read; "dense" is bound by arithme
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -35,7 +37,7 @@ from dgemma_jax.nn.sites import Site, is_open
 if TYPE_CHECKING:
     from dgemma_jax.config import ModelConfig
 
-FORMS = ("auto", "dense", "scan", "blocks", "ragged", "mosaic")
+FORMS = ("auto", "dense", "scan", "blocks", "capacity", "ragged", "mosaic")
 LAYOUTS = ("efd", "edf")  # letters of `gate_up`, as in the products with it; f is 2F there
 _PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -103,7 +105,7 @@ def choose(platform: str, tokens: int, experts: int, top: int, layout: str = "ef
     On a TPU "ragged" wants the layout "edf": from "efd" XLA makes a transposed copy of all of `gate_up`.
     """
     if platform == "cpu":
-        return "dense" if experts <= 16 or tokens * top < experts else "blocks"
+        return "dense" if experts <= 16 or tokens * top < experts else "capacity"
     if experts <= 2 * top:
         return "dense"
     if platform == "tpu" and layout == "edf":
@@ -112,12 +114,12 @@ def choose(platform: str, tokens: int, experts: int, top: int, layout: str = "ef
 
 
 def run(form: str, top: int, x_TD, weights_TE, gate_up, down_EFD, layout: str = "efd") -> jax.Array:
-    """sum_e weights[e] * expert_e(x), [T, D], in one of `FORMS`; packed weights run densely or in blocks."""
+    """sum_e weights[e] * expert_e(x), [T, D], in one of `FORMS`; packed weights run in any plain form."""
     if form not in FORMS:
         raise ValueError(f"unknown expert form {form!r}; known are {FORMS}")
     args, (tokens, experts) = (x_TD, weights_TE, gate_up, down_EFD), weights_TE.shape
     is_plain = not isinstance(gate_up, Packed) and not isinstance(down_EFD, Packed)
-    if form in ("dense", "scan", "blocks") or (form == "ragged" and is_plain):
+    if form in ("dense", "scan", "blocks", "capacity") or (form == "ragged" and is_plain):
         return _apply(form, top, *args, layout=layout)
     chosen = {p: choose(p, tokens, experts, top, layout if is_plain else "efd") for p in _PLATFORMS}
     if form == "mosaic" and is_plain and grouped.fits_hopper(x_TD, gate_up, down_EFD):
@@ -133,8 +135,8 @@ def _apply(form: str, top: int, *args: jax.Array, layout: str = "efd") -> jax.Ar
     match form:
         case "dense" | "scan":
             return {"dense": dense, "scan": scan}[form](*args, layout)
-        case "blocks":
-            return blocks(top, *args, layout)
+        case "blocks" | "capacity":
+            return {"blocks": blocks, "capacity": capacity}[form](top, *args, layout)
     return by_group(grouped.HOPPER if form == "mosaic" else grouped.XLA, top, *args, layout)
 
 
@@ -184,6 +186,36 @@ def block_size(assignments: int, experts: int) -> int:
     return size
 
 
+def room_of(assignments: int, experts: int) -> int:
+    """Rows of an expert in the form `capacity`: the mean load and five deviations of an even draw, a multiple of 8."""
+    mean = assignments / experts
+    return -(-math.ceil(mean + 5 * math.sqrt(mean)) // 8) * 8
+
+
+def _assigned(top: int, weights_TE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Weights [T, X] of the chosen experts; of every assignment, token by token, the expert [A] and the rank [A] among
+    those of this expert; how many there are of each expert, [E]."""
+    weight_TX, expert_TX = jax.lax.top_k(weights_TE, top)
+    expert_A = expert_TX.reshape(-1)
+    so_far_AE = jnp.cumsum(jax.nn.one_hot(expert_A, weights_TE.shape[1], dtype=jnp.int32), 0)
+    rank_A = jnp.take_along_axis(so_far_AE, expert_A[:, None], 1)[:, 0] - 1
+    return weight_TX, expert_A, rank_A, so_far_AE[-1]
+
+
+def _placed(x_TD: jax.Array, slot_A: jax.Array, slots: int) -> jax.Array:
+    """[slots, D] the token of every assignment at its slot, zeros elsewhere."""
+    tokens, width = x_TD.shape
+    token_A = jnp.arange(len(slot_A), dtype=jnp.int32) // (len(slot_A) // tokens)
+    source = jnp.full((slots,), tokens, jnp.int32).at[slot_A].set(token_A)
+    return jnp.concatenate([x_TD, jnp.zeros((1, width), x_TD.dtype)])[source]
+
+
+def _summed(out_SD: jax.Array, slot_A: jax.Array, weight_TX: jax.Array) -> jax.Array:
+    """[T, D] what the experts made of each token, from its slots."""
+    out_TXD = out_SD[slot_A].reshape(*weight_TX.shape, -1)
+    return jnp.einsum("txd,tx->td", out_TXD, weight_TX.astype(out_SD.dtype))
+
+
 def blocks(top: int, x_TD, weights_TE, gate_up, down_EFD, layout: str = "efd") -> jax.Array:
     """Chosen experts only: each expert's tokens gathered and padded to whole blocks, then gathered back.
 
@@ -191,24 +223,45 @@ def blocks(top: int, x_TD, weights_TE, gate_up, down_EFD, layout: str = "efd") -
     Nonzero weights beyond the `top` largest of a token (an edit can make them) are not seen by this form.
     """
     (tokens, experts), width = weights_TE.shape, x_TD.shape[1]
-    weight_TX, expert_TX = jax.lax.top_k(weights_TE, top)
     size = block_size(tokens * top, experts)
     count = -(-tokens * top // size) + experts - 1
-    expert = expert_TX.reshape(-1)  # of every assignment, token by token
-    so_far = jnp.cumsum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), 0)
-    blocks_E = -(-so_far[-1] // size)
+    weight_TX, expert_A, rank_A, load_E = _assigned(top, weights_TE)
+    blocks_E = -(-load_E // size)
     last_E = jnp.cumsum(blocks_E)
-    rank = jnp.take_along_axis(so_far, expert[:, None], 1)[:, 0] - 1  # among the assignments of its expert
-    slot = (last_E - blocks_E)[expert] * size + rank
-    source = jnp.full((count * size,), tokens, jnp.int32).at[slot].set(jnp.arange(tokens * top, dtype=jnp.int32) // top)
+    slot_A = (last_E - blocks_E)[expert_A] * size + rank_A
     owner = jnp.clip(jnp.searchsorted(last_E, jnp.arange(count), side="right"), 0, experts - 1)
-    padded_TD = jnp.concatenate([x_TD, jnp.zeros((1, width), x_TD.dtype)])
 
     def one(_, block):
         x_ID, e = block
         gate_FI, up_FI = jnp.split(jnp.einsum(f"{layout[1:]},id->fi", gate_up[e], x_ID), 2, 0)
         return None, jnp.einsum("fi,fd->id", gelu(gate_FI) * up_FI, down_EFD[e])
 
-    out = jax.lax.scan(one, None, (padded_TD[source].reshape(count, size, width), owner))[1]
-    out_TXD = out.reshape(count * size, width)[slot].reshape(tokens, top, width)
-    return jnp.einsum("txd,tx->td", out_TXD, weight_TX.astype(x_TD.dtype))
+    placed = _placed(x_TD, slot_A, count * size).reshape(count, size, width)
+    out = jax.lax.scan(one, None, (placed, owner))[1]
+    return _summed(out.reshape(count * size, width), slot_A, weight_TX)
+
+
+def capacity(top: int, x_TD, weights_TE, gate_up, down_EFD, layout: str = "efd") -> jax.Array:
+    """Chosen experts only, all at once: two batched products over experts of `room_of` rows each.
+
+    No weight is sliced out or copied. An expert with more tokens than its room sends the whole call to `blocks`, so
+    nothing is dropped. Weights beyond the `top` largest of a token are not seen, as there.
+    """
+    (tokens, experts), width = weights_TE.shape, x_TD.shape[1]
+    room = room_of(tokens * top, experts)
+    weight_TX, expert_A, rank_A, load_E = _assigned(top, weights_TE)
+
+    def at_once() -> jax.Array:
+        slot_A = expert_A * room + jnp.minimum(rank_A, room - 1)
+        x_ERD = _placed(x_TD, slot_A, experts * room).reshape(experts, room, width)
+        if isinstance(gate_up, Packed):
+            both_EFR = contract(f"erd,{layout}->efr", x_ERD, gate_up)
+        else:  # the weight first: on CPU twice as fast as the other way round
+            both_EFR = jnp.einsum(f"{layout},erd->efr", gate_up[...], x_ERD)
+        gate_EFR, up_EFR = jnp.split(both_EFR, 2, 1)
+        out_ERD = contract("efr,efd->erd", gelu(gate_EFR) * up_EFR, down_EFD)
+        return _summed(out_ERD.reshape(experts * room, width), slot_A, weight_TX)
+
+    return jax.lax.cond(
+        (load_E <= room).all(), at_once, lambda: blocks(top, x_TD, weights_TE, gate_up, down_EFD, layout)
+    )
