@@ -13,7 +13,7 @@ import numpy as np
 
 from dgemma_jax import weights
 from dgemma_jax.config import ModelConfig, SamplerConfig
-from dgemma_jax.nn import quantized, transformer
+from dgemma_jax.nn import placement, quantized, transformer
 from dgemma_jax.weights import finite, hf, hub, orbax, problems, registry, settings, sharding
 from dgemma_jax.weights import tree as trees
 
@@ -53,6 +53,10 @@ class Bundle:
     def quantized(self, form: str) -> Bundle:
         """The same bundle with its large weights in "int8", "int4" or "fp8"; see `nn.quantized`."""
         return self.with_model(quantized.quantized(self.model, form))
+
+    def with_experts(self, form: str | None = None, layout: str | None = None) -> Bundle:
+        """The same bundle with its experts run in another form or lying otherwise; see `nn.placement`."""
+        return self.with_model(placement.with_experts(self.model, form, layout))
 
     def check_finite(self) -> Bundle:
         """This bundle, if all weights are finite; looks once at each model object.
@@ -99,6 +103,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     *,
     quantize: str | None = None,
+    experts: str | None = None,
     revision: str | None = None,
     config: ModelConfig | None = None,
     check_finite: bool = True,
@@ -114,6 +119,8 @@ def load(
         dtype: "bfloat16", "float32" or "float16"; None keeps what is stored.
         mesh: spreads the weights over its axes, any of "data", "expert" and "tensor".
         quantize: "int8", "int4" or "fp8" packs the large weights as they are read; computed is in `dtype`.
+        experts: how they run, one of `nn.moe.FORMS`; None takes what suits the device. How their weights lie follows
+            the device in any case.
         revision: commit, tag or branch of a hub id; known models are pinned.
         config: for a directory without `config.json` (Google's Orbax tree), or instead of it.
         check_finite: refuse infinities and NaNs.
@@ -124,6 +131,7 @@ def load(
     """
     wanted = None if dtype is None else float_dtype(dtype)
     quantized.check_form(quantize)
+    placement.check_form(experts)
     directory = locate(source, revision)
     if mesh is not None:
         sharding.check(mesh)
@@ -147,6 +155,8 @@ def load(
         progress_bar=progress,
         packer=quantized.Packer(quantize) if quantize and not packed else None,
     )
+    form, layout = placement.best_for(jax.tree.leaves(model)[0].devices())
+    placement.place(model, experts or form, "efd" if quantized.packed_form(model) else layout)
     return Bundle(
         config=config,
         model=model,
@@ -199,6 +209,7 @@ def save(bundle: Bundle, directory: str | Path, format: str = "hf", **options: A
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     form = quantized.packed_form(bundle.model)
+    bundle = bundle.with_experts(layout="efd")  # as in the formats
     if format == "orbax":
         packed = {"form": form, "dtype": str(bundle.model.dtype)} if form else None
         weights.save_orbax(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dgemma_jax.nn.packed import FORMS, Packed, pack
+from dgemma_jax.nn.placement import with_experts
 from dgemma_jax.nn.transformer import Transformer
 
 # End of the path of a weight -> the axes that share a scale: those a product sums over, so that the scale leaves the
@@ -81,7 +82,7 @@ def quantized(model: Model, form: str) -> Model:
     """
     check_form(form)
     check_plain(model, "packed again")
-    packer = Packer(form)
+    model, packer = with_experts(model, layout="efd"), Packer(form)
 
     def build(model: Model) -> Model:
         return packer.install(model, {path: packer.pack(path, _at(model, path)[...]) for path in paths(model)})

@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
 
     Attributes:
         config: sizes; static.
-        moe: how experts run, one of `moe.FORMS`; static. `dataclasses`-like change: `with_moe`.
+        moe: how experts run, one of `moe.FORMS`; static. `placement.with_experts` changes it.
     """
 
     def __init__(

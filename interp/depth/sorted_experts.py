@@ -14,6 +14,7 @@ from flax import nnx
 
 from dgemma_jax.nn.layers import gelu
 from dgemma_jax.nn.moe import Experts
+from dgemma_jax.nn.placement import with_experts
 from dgemma_jax.nn.sites import Site
 
 
@@ -56,4 +57,4 @@ def with_sorted_experts(model: Any) -> Any:
             return node
         return SortedExperts(node.top, node.gate_up, node.down, node.hidden, node.out)
 
-    return jax.tree.map(changed, model, is_leaf=lambda node: isinstance(node, Experts))
+    return jax.tree.map(changed, with_experts(model, layout="efd"), is_leaf=lambda node: isinstance(node, Experts))

@@ -20,6 +20,7 @@ import dgemma_jax as dg
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import noise, sampler
 from dgemma_jax.diffusion import prompts as inputs
+from dgemma_jax.nn.placement import with_experts
 from interp import array_files, progress
 from interp.editing import edit
 from interp.features.projection import orthonormal_rows
@@ -102,6 +103,7 @@ def denoising_field(
         ValueError: a layer or level out of range, a direction of another width.
     """
     model, tokenizer, default = inputs.parts(bundle)
+    model = with_experts(model, "dense")  # the response is taken in forward mode
     settings = default if settings is None else settings
     ids, length = inputs.to_ids(prompts, tokenizer, model.config.vocab_size), model.config.canvas_length
     if not 0 <= layer < model.config.num_layers or not len(levels) or not all(0 <= level <= 1 for level in levels):
