@@ -24,9 +24,9 @@ def device(platform, capability=None):
 def test_table():
     hopper, tpu = device("gpu", "9.0"), device("tpu")
     assert placement.best_for([hopper]) == ("mosaic", "efd")
-    assert placement.best_for([tpu]) == ("auto", "edf")
+    assert placement.best_for([tpu]) == (None, "edf")
     for devices in ([device("gpu", "8.0")], [device("gpu", "10.0")], [device("cpu")], [hopper] * 2, [tpu] * 2):
-        assert placement.best_for(devices) == ("auto", "efd")  # no kernel where it cannot run
+        assert placement.best_for(devices) == (None, "efd")  # no kernel where it cannot run
 
 
 def test_a_layout_is_the_same_model():
@@ -65,7 +65,7 @@ def test_load_places_and_save_writes_the_format(organism, tmp_path, monkeypatch)
     plain = dg.load(organism)
     assert (plain.model.moe, plain.model.layers[0].experts.layout) == ("auto", "efd")
     assert dg.load(organism, experts="scan").model.moe == "scan"
-    monkeypatch.setattr(placement, "best_for", lambda devices: ("auto", "edf"))
+    monkeypatch.setattr(placement, "best_for", lambda devices: (None, "edf"))
     turned = dg.load(organism)
     assert turned.model.layers[-1].experts.layout == "edf"
     jax.tree.map(np.testing.assert_array_equal, plain.model, turned.with_experts(layout="efd").model)

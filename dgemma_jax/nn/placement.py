@@ -24,13 +24,13 @@ from dgemma_jax.nn.transformer import Transformer
 Model = TypeVar("Model", bound=Transformer)
 
 
-def best_for(devices: Iterable[Any]) -> tuple[str, str]:
-    """(form, layout) of the table for the devices that weights are put on."""
+def best_for(devices: Iterable[Any]) -> tuple[str | None, str]:
+    """(form, layout) of the table for the devices that weights are put on; a form of None is the model's own."""
     devices = list(devices)
     if len(devices) == 1 and devices[0].platform == "tpu":
-        return "auto", "edf"
+        return None, "edf"
     is_hopper = len(devices) == 1 and getattr(devices[0], "compute_capability", None) == "9.0"
-    return "mosaic" if is_hopper else "auto", "efd"
+    return "mosaic" if is_hopper else None, "efd"
 
 
 def check_form(form: str | None) -> None:
