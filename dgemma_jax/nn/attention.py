@@ -66,7 +66,8 @@ class Attention(nnx.Module):
         pattern = pattern_BNTS.astype(v_BKSH.dtype).reshape(*rows, slots)
         z_BNTH = jnp.einsum("bkrs,bksh->bkrh", pattern, v_BKSH).reshape(batch, heads, length, size)
         z_BTNH = z_BNTH.swapaxes(1, 2)
-        out_BTD = contract("btnh,dnh->btd", self.site_z(z_BTNH), self.o)
+        # Summed letters (g are the heads) in alphabetical order: einsum takes them so, and would turn the weight else.
+        out_BTD = contract("btgh,dgh->btd", self.site_z(z_BTNH), self.o)
         return self.site_out(out_BTD), k_BTKH, v_BTKH
 
     def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
