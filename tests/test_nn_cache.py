@@ -23,10 +23,12 @@ def test_causal_mask_by_hand():
 
 
 def test_canvas_mask_by_hand():
-    got = masks.canvas(np.array([[4, -1, 3], [-1, -1, -1]]), 2)
-    assert got.shape == (2, 2, 5) and got.dtype == bool
-    np.testing.assert_array_equal(got[0], [[1, 0, 1, 1, 1]] * 2)  # every filled slot, whatever its distance
-    np.testing.assert_array_equal(got[1], [[0, 0, 0, 1, 1]] * 2)  # and the whole canvas without a window
+    sight = masks.canvas(np.array([[4, -1, 3], [-1, -1, -1]]), np.array([[5, 6], [0, 1]]))
+    got = sight.mask()
+    assert got.shape == (2, 1, 5) and got.dtype == bool  # the same for every query
+    np.testing.assert_array_equal(got[0], [[1, 0, 1, 1, 1]])  # every filled slot, whatever its distance
+    np.testing.assert_array_equal(got[1], [[0, 0, 0, 1, 1]])  # and the whole canvas without a window
+    np.testing.assert_array_equal(sight.of(1, 3).mask(), got[..., 1:4])
 
 
 @pytest.mark.parametrize("slots", [1, 3, 7, 20])

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dgemma_jax.nn import rope
+from dgemma_jax.nn.attend import attend
 from dgemma_jax.nn.cache import LayerCache
 from dgemma_jax.nn.layers import RMSNorm, normal
+from dgemma_jax.nn.masks import Sight
 from dgemma_jax.nn.packed import contract
-from dgemma_jax.nn.sites import Site
+from dgemma_jax.nn.sites import Site, is_open
 
 if TYPE_CHECKING:
     from dgemma_jax.config import ModelConfig
@@ -44,7 +46,7 @@ class Attention(nnx.Module):
         self.site_z, self.site_out = Site("attn_z"), Site("attn_out")
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, mask_BTS: jax.Array
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache, sight: Sight
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attend to the cached keys, then to this call's own, in that order of slots.
 
@@ -52,22 +54,27 @@ class Attention(nnx.Module):
             Output [B, T, D], and the keys and values [B, T, K, H] of this call.
         """
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT)
-        k_BKSH = jnp.concatenate([cache.k, k_BTKH.swapaxes(1, 2).astype(cache.k.dtype)], 2)
-        v_BKSH = jnp.concatenate([cache.v, v_BTKH.swapaxes(1, 2).astype(cache.v.dtype)], 2)
-        batch, length, heads, size = q_BTNH.shape
+        q_BNTH = q_BTNH.swapaxes(1, 2)
+        own = LayerCache(k_BTKH.swapaxes(1, 2).astype(cache.k.dtype), v_BTKH.swapaxes(1, 2).astype(cache.v.dtype))
+        form = self._open if is_open(self.site_scores) or is_open(self.site_pattern) else attend
+        z_BTNH = form(q_BNTH, cache, own, sight).swapaxes(1, 2)
+        # Summed letters (g are the heads) in alphabetical order: einsum takes them so, and would turn the weight else.
+        out_BTD = contract("btgh,dgh->btd", self.site_z(z_BTNH), self.o)
+        return self.site_out(out_BTD), k_BTKH, v_BTKH
+
+    def _open(self, q_BNTH: jax.Array, cached: LayerCache, own: LayerCache, sight: Sight) -> jax.Array:
+        """`attend` with scores and pattern where the sites see them, whole."""
+        k_BKSH, v_BKSH = (jnp.concatenate(pair, 2) for pair in ((cached.k, own.k), (cached.v, own.v)))
+        batch, heads, length, size = q_BNTH.shape
         kv_heads, slots = k_BKSH.shape[1:3]
-        # The G queries that share a key head and the T tokens form one axis: one plain matrix product a key head.
         rows = (batch, kv_heads, heads // kv_heads * length)
-        q_BKRH = q_BTNH.swapaxes(1, 2).reshape(*rows, size)
+        q_BKRH = q_BNTH.reshape(*rows, size)
         scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
         scores_BNTS = scores.reshape(batch, heads, length, slots)
-        scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
+        scores_BNTS = jnp.where(sight.mask()[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
         pattern_BNTS = self.site_pattern(jax.nn.softmax(self.site_scores(scores_BNTS), -1))
         pattern = pattern_BNTS.astype(v_BKSH.dtype).reshape(*rows, slots)
-        z_BNTH = jnp.einsum("bkrs,bksh->bkrh", pattern, v_BKSH).reshape(batch, heads, length, size)
-        z_BTNH = z_BNTH.swapaxes(1, 2)
-        out_BTD = contract("btnh,dnh->btd", self.site_z(z_BTNH), self.o)
-        return self.site_out(out_BTD), k_BTKH, v_BTKH
+        return jnp.einsum("bkrs,bksh->bkrh", pattern, v_BKSH).reshape(batch, heads, length, size)
 
     def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H] of normed input [B, T, D]; queries and keys rotated."""

@@ -49,12 +49,12 @@ class Layer(nnx.Module):
         self.denoise_scalar = nnx.Param(jnp.ones((1,), dtype))
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: kv.LayerCache, mask_BTS: jax.Array,
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: kv.LayerCache, sight: masks.Sight,
         scalar: jax.Array, moe: str,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
         """The residual stream after the layer, and this call's keys and values [B, T, K, H]."""
         x_BTD = self.resid_pre(x_BTD)
-        attended, k_BTKH, v_BTKH = self.attention(self.input_norm(x_BTD), positions_BT, cache, mask_BTS)
+        attended, k_BTKH, v_BTKH = self.attention(self.input_norm(x_BTD), positions_BT, cache, sight)
         x_BTD = self.resid_mid(x_BTD + self.post_attn_norm(attended))
         dense_BTD = self.post_mlp_norm(self.mlp_out(self.mlp(self.pre_mlp_norm(x_BTD))))
         weights_BTE = self.router(x_BTD)  # the router reads the raw residual
@@ -118,21 +118,20 @@ class Transformer(nnx.Module):
         for layer, entry, kind in zip(self.layers, cache.layers, self.config.layer_types, strict=True):
             window = self.config.sliding_window if kind == "sliding_attention" else None
             slots_BS = kv.slot_positions(cache.length, entry.k.shape[2])
-            mask_BTS = masks.visible(positions_BT, jnp.concatenate([slots_BS, keys_BT], 1), window)
-            x_BTD, k_BTKH, v_BTKH = layer(x_BTD, positions_BT, entry, mask_BTS, layer.prefill_scalar[...], self.moe)
+            sight = masks.causal(positions_BT, slots_BS, keys_BT, window)
+            x_BTD, k_BTKH, v_BTKH = layer(x_BTD, positions_BT, entry, sight, layer.prefill_scalar[...], self.moe)
             entries.append(kv.append(entry, k_BTKH, v_BTKH, positions_BT, valid_BT))
         cache = kv.KVCache(entries, cache.length + count_BT[:, -1])
         return Prefill(cache, self.final_norm(x_BTD))
 
     def denoise(self, canvas_BC: jax.Array, cache: kv.KVCache, soft_BCD: jax.Array) -> jax.Array:
         """Bidirectional pass over the canvas: hidden [B, C, D] after the final norm. The cache is only read."""
-        length = canvas_BC.shape[1]
-        positions_BC = cache.length[:, None] + jnp.arange(length)
+        positions_BC = cache.length[:, None] + jnp.arange(canvas_BC.shape[1])
         embedded_BCD = self.canvas_embed(self.embedder.lookup(canvas_BC))
         x_BCD = self.self_conditioning(embedded_BCD, soft_BCD)
         for layer, entry in zip(self.layers, cache.layers, strict=True):
-            mask_BCS = masks.canvas(kv.slot_positions(cache.length, entry.k.shape[2]), length)
-            x_BCD, _, _ = layer(x_BCD, positions_BC, entry, mask_BCS, layer.denoise_scalar[...], self.moe)
+            sight = masks.canvas(kv.slot_positions(cache.length, entry.k.shape[2]), positions_BC)
+            x_BCD, _, _ = layer(x_BCD, positions_BC, entry, sight, layer.denoise_scalar[...], self.moe)
         return self.final_norm(x_BCD)
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:

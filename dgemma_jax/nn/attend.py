@@ -1,0 +1,115 @@
+"""Softmax attention where nobody looks at scores or weights: all keys at once, or over chunks of keys.
+
+    weights = exp(scores - max);  z = (weights . values) / sum(weights)
+
+The sum is divided out after the product, so that the weights are written once, in the dtype of the values. Over chunks,
+(max, sum, weights . values) of two sets of keys merge into those of their union: the online softmax of arXiv
+1805.02867, in plain JAX for any head size, differentiable in both modes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dgemma_jax.nn.cache import LayerCache
+from dgemma_jax.nn.masks import Sight
+
+AT_ONCE = 8192 + 2048  # keys; with more of them scores of [queries, keys] would be the largest thing in memory
+CHUNK = 2048  # keys
+ALIGNED = 8  # keys: matrix units take rows of whole 16 bytes
+
+
+class _Part(NamedTuple):
+    """Attention over some of the keys, not yet divided: largest score, sum and product [B, K, R, 1 | 1 | H] float32."""
+
+    peak: jax.Array
+    total: jax.Array
+    product: jax.Array
+
+
+def attend(q_BNTH: jax.Array, cached: LayerCache, own: LayerCache, sight: Sight) -> jax.Array:
+    """What each head reads, [B, N, T, H] in the dtype of the values.
+
+    Args:
+        q_BNTH: queries; those that share a key head are neighbours.
+        cached, own: keys and values [B, K, S, H] of the cache, and of this call.
+        sight: over the keys of both, in this order.
+    """
+    batch, heads, length, size = q_BNTH.shape
+    kv_heads, slots = cached.k.shape[1:3]
+    # The G queries that share a key head and the T tokens form one axis: one plain matrix product a key head.
+    q_BKRH = q_BNTH.reshape(batch, kv_heads, heads // kv_heads * length, size)
+    if slots + own.k.shape[2] <= AT_ONCE:
+        keys, sight = _joined(cached, own, sight)
+        scores_BKRS = _scores(q_BKRH, keys.k, sight)
+        # Not `softmax`: XLA would keep its exponentials, in float32, for two readers.
+        weights_BKRS = jnp.exp(scores_BKRS - jax.nn.logsumexp(scores_BKRS, -1, keepdims=True)).astype(keys.v.dtype)
+        z_BKRH = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, keys.v)
+    else:
+        part = _over_chunks(_nothing(q_BKRH), q_BKRH, cached, sight.of(0, slots))
+        part = _over_chunks(part, q_BKRH, own, sight.of(slots, own.k.shape[2]))
+        z_BKRH = (part.product / part.total).astype(cached.v.dtype)
+    return z_BKRH.reshape(batch, heads, length, size)
+
+
+def _joined(cached: LayerCache, own: LayerCache, sight: Sight) -> tuple[LayerCache, Sight]:
+    """All keys in one array, with unseen ones up to a multiple of `ALIGNED`."""
+    spare = -(cached.k.shape[2] + own.k.shape[2]) % ALIGNED
+
+    def join(left_BKSH: jax.Array, right_BKSH: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((*left_BKSH.shape[:2], spare, left_BKSH.shape[3]), left_BKSH.dtype)
+        return jnp.concatenate([left_BKSH, right_BKSH, zeros], 2)
+
+    key_BS = jnp.pad(sight.key_BS, ((0, 0), (0, spare)), constant_values=-1)
+    return LayerCache(join(cached.k, own.k), join(cached.v, own.v)), Sight(sight.query_BT, key_BS, sight.window)
+
+
+def _scores(q_BKRH: jax.Array, k_BKSH: jax.Array, sight: Sight) -> jax.Array:
+    """[B, K, R, S] float32, the lowest float where a query may not look."""
+    scores_BKRS = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+    mask_BTS = sight.mask()
+    by_token = scores_BKRS.reshape(*scores_BKRS.shape[:2], -1, *mask_BTS.shape[1:])
+    return jnp.where(mask_BTS[:, None, None], by_token, jnp.finfo(jnp.float32).min).reshape(scores_BKRS.shape)
+
+
+def _part(q_BKRH: jax.Array, keys: LayerCache, sight: Sight) -> _Part:
+    scores_BKRS = _scores(q_BKRH, keys.k, sight)
+    peak_BKR1 = jnp.max(scores_BKRS, -1, keepdims=True)
+    weights_BKRS = jnp.exp(scores_BKRS - peak_BKR1).astype(keys.v.dtype)
+    total_BKR1 = jnp.sum(weights_BKRS, -1, keepdims=True, dtype=jnp.float32)  # of what is multiplied, rounding included
+    product = jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, keys.v, preferred_element_type=jnp.float32)
+    return _Part(peak_BKR1, total_BKR1, product)
+
+
+def _nothing(q_BKRH: jax.Array) -> _Part:
+    """Attention over no keys, which changes nothing it is merged with."""
+    low = jnp.full((*q_BKRH.shape[:3], 1), jnp.finfo(jnp.float32).min)
+    return _Part(low, jnp.zeros_like(low), jnp.zeros(q_BKRH.shape, jnp.float32))
+
+
+def _merged(a: _Part, b: _Part) -> _Part:
+    peak = jnp.maximum(a.peak, b.peak)
+    left, right = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
+    return _Part(peak, a.total * left + b.total * right, a.product * left + b.product * right)
+
+
+def _over_chunks(part: _Part, q_BKRH: jax.Array, keys: LayerCache, sight: Sight) -> _Part:
+    """`part` and these keys, `CHUNK` at a time; what is left over comes last."""
+    slots = keys.k.shape[2]
+
+    def chunk(start: jax.Array | int, size: int) -> _Part:
+        some = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, 2), keys)
+        return _part(q_BKRH, some, sight.of(start, size))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # else the gradient keeps the scores of all chunks
+    def step(part: _Part, index: jax.Array) -> tuple[_Part, None]:
+        return _merged(part, chunk(index * CHUNK, CHUNK)), None
+
+    whole = slots // CHUNK
+    if whole:
+        part, _ = jax.lax.scan(step, part, jnp.arange(whole))
+    return _merged(part, chunk(whole * CHUNK, slots % CHUNK)) if slots % CHUNK else part
