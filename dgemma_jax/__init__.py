@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dgemma_jax.config import ModelConfig, SamplerConfig
     from dgemma_jax.diffusion.generate import Generation, generate, generate_python, resume
     from dgemma_jax.diffusion.moment import Moment
-    from dgemma_jax.diffusion.stream import generate_many, stream
+    from dgemma_jax.diffusion.stream import collected, generate_many, stream
     from dgemma_jax.diffusion.trajectory import Record, StopReason, Trajectory
     from dgemma_jax.nn.functional import denoise, prefill, soft_embed, unembed
 
@@ -26,7 +26,7 @@ _HOMES = {
     "config": ("ModelConfig", "SamplerConfig"),
     "diffusion.generate": ("Generation", "generate", "generate_python", "resume"),
     "diffusion.moment": ("Moment",),
-    "diffusion.stream": ("generate_many", "stream"),
+    "diffusion.stream": ("collected", "generate_many", "stream"),
     "diffusion.trajectory": ("Record", "StopReason", "Trajectory"),
     "nn.functional": ("denoise", "prefill", "soft_embed", "unembed"),
 }
@@ -42,6 +42,7 @@ __all__ = [
     "SamplerConfig",
     "StopReason",
     "Trajectory",
+    "collected",
     "denoise",
     "diffusion",
     "generate",

@@ -75,8 +75,6 @@ def generate_many(
 ) -> lockstep.Generation:  # fmt: skip
     """Generate answers to many prompts, `rows` at a time: what `generate` gives for all of them at once.
 
-    Blocks of a row that were not run are zeros in every array of the trajectory, `start` too.
-
     Args:
         progress: a bar; by default in a terminal or notebook. The others as for `stream`.
     """
@@ -87,7 +85,16 @@ def generate_many(
         for number, one in _results(work, kept):
             found[number] = one
             done(1)
-    return joined(found, _Again(work, tuple(range(len(found)))))
+    return collected(found)
+
+
+def collected(results: Sequence[lockstep.Generation]) -> lockstep.Generation:
+    """Results of one `stream`, in any choice and order, as one generation with a row each.
+
+    Blocks that a row did not run are padding in `tokens` and zeros in every array of the trajectory.
+    """
+    again = [one.trajectory.replay for one in results]
+    return joined(results, _Again(again[0].work, tuple(number for own in again for number in own.numbers)))
 
 
 @dataclasses.dataclass(frozen=True)
