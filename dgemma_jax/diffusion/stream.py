@@ -1,6 +1,6 @@
 """Continuous batching: many prompts through few rows; where one has finished, the next takes its place.
 
-    waiting prompts -> [free row -> prefill into its slots -> some steps -> committed blocks appended -> finished?] -> results
+    waiting prompt -> free row -> read into its slots -> some steps -> block committed -> read, next block | result
 
 `generate` runs a batch in step: every block lasts as long as its slowest row, every batch as long as its longest
 answer. Here each row has a block and a step of its own. The compiled loop over steps is that of `generate`; it is left

@@ -31,7 +31,6 @@ from interp.studies import batches, columns, manifest, statistics_table
 from interp.studies.prompt_files import StudyPrompt, StudyPrompts
 from interp.studies.results import ROWS, Study
 
-
 BATCHES_A_PART = 8
 
 
