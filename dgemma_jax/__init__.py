@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dgemma_jax.config import ModelConfig, SamplerConfig
     from dgemma_jax.diffusion.generate import Generation, generate, generate_python, resume
     from dgemma_jax.diffusion.moment import Moment
+    from dgemma_jax.diffusion.stream import collected, generate_many, stream
     from dgemma_jax.diffusion.trajectory import Record, StopReason, Trajectory
     from dgemma_jax.nn.functional import denoise, prefill, soft_embed, unembed
 
@@ -25,6 +26,7 @@ _HOMES = {
     "config": ("ModelConfig", "SamplerConfig"),
     "diffusion.generate": ("Generation", "generate", "generate_python", "resume"),
     "diffusion.moment": ("Moment",),
+    "diffusion.stream": ("collected", "generate_many", "stream"),
     "diffusion.trajectory": ("Record", "StopReason", "Trajectory"),
     "nn.functional": ("denoise", "prefill", "soft_embed", "unembed"),
 }
@@ -40,9 +42,11 @@ __all__ = [
     "SamplerConfig",
     "StopReason",
     "Trajectory",
+    "collected",
     "denoise",
     "diffusion",
     "generate",
+    "generate_many",
     "generate_python",
     "load",
     "nn",
@@ -50,6 +54,7 @@ __all__ = [
     "resume",
     "save",
     "soft_embed",
+    "stream",
     "text",
     "train",
     "unembed",

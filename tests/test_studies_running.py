@@ -91,7 +91,7 @@ def interrupted(part, path):
     replace(part, path)
 
 columns.os = type("os", (), {"replace": staticmethod(interrupted), "getpid": os.getpid})
-study("order,smearing", dg.load(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], seeds=4, batch=4, max_new_tokens=8)
+study("order,smearing", dg.load(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3], seeds=6, batch=2, max_new_tokens=8)
 """
 
 
@@ -116,7 +116,7 @@ def whole(bundle, prompts, tmp_path_factory):
     """A study that nothing disturbed, its directory, and how many loops over steps it compiled."""
     out = tmp_path_factory.mktemp("whole")
     before = loop._while._cache_size()
-    found = study("order,smearing", bundle, prompts, out, seeds=4, batch=4, max_new_tokens=8)
+    found = study("order,smearing", bundle, prompts, out, seeds=6, batch=2, max_new_tokens=8)
     return found, out, loop._while._cache_size() - before
 
 
@@ -129,7 +129,7 @@ def test_a_killed_study_goes_on_to_the_same_bytes(organism, bundle, prompts, who
     assert ended.returncode == -signal.SIGKILL
     assert len(list((out / "parts").glob("0000?.npz"))) == 1 and len(list((out / "parts").iterdir())) == 2
     first = (out / "parts" / "00000.npz").stat().st_mtime_ns
-    study("order,smearing", bundle, prompts, out, seeds=4, batch=4, max_new_tokens=8)
+    study("order,smearing", bundle, prompts, out, seeds=6, batch=2, max_new_tokens=8)
     assert (out / "parts" / "00000.npz").stat().st_mtime_ns == first  # not made again
     assert files(out) == files(whole[1])
 
@@ -137,10 +137,10 @@ def test_a_killed_study_goes_on_to_the_same_bytes(organism, bundle, prompts, who
 def test_one_row_a_generation_in_the_order_of_the_prompts(bundle, whole):
     found, out, compiled = whole
     assert compiled == 1
-    assert found["id"] == [i for i in ("one", "3", "8") for _ in range(4)] and found["seed"].tolist() == [0, 1, 2, 3] * 3
-    made = dg.generate(bundle, ["copy : a b"] * 4, [3, 2, 1, 0], max_new_tokens=8, record=record_for(bundle, chosen("order,smearing").values()))
-    assert made.texts[::-1] == found["text"][:4] and made.num_steps[::-1].tolist() == found["steps"][:4].tolist()
-    assert np.isfinite(found["right"]).tolist() == [True] * 4 + [False] * 8
+    assert found["id"] == [i for i in ("one", "3", "8") for _ in range(6)] and found["seed"].tolist() == list(range(6)) * 3
+    made = dg.generate(bundle, ["copy : a b"] * 6, range(6)[::-1], max_new_tokens=8, record=record_for(bundle, chosen("order,smearing").values()))
+    assert made.texts[::-1] == found["text"][:6] and made.num_steps[::-1].tolist() == found["steps"][:6].tolist()
+    assert np.isfinite(found["right"]).tolist() == [True] * 6 + [False] * 12
     broken = json.loads((out / manifest.NAME).read_text())["prompts"]["broken"]
     assert len(broken) == 4 and broken[-1].startswith("line 7") and "id 9999" in broken[-1]
     assert "4 line(s) of the prompts were left out" in repr(found)
@@ -149,7 +149,7 @@ def test_one_row_a_generation_in_the_order_of_the_prompts(bundle, whole):
 
 def test_another_study_in_the_same_directory_is_refused(bundle, prompts, whole):
     with pytest.raises(ValueError, match=r"another study \(settings\.seed differ\)"):
-        study("order,smearing", bundle, prompts, whole[1], seeds=4, batch=4, max_new_tokens=8, seed=5)
+        study("order,smearing", bundle, prompts, whole[1], seeds=6, batch=2, max_new_tokens=8, seed=5)
     with pytest.raises(ValueError, match="no statistic 'flows'; there are order"):
         study("flows", bundle, prompts, whole[1])
     with pytest.raises(ValueError, match="a study of its own"):

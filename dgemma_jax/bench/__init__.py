@@ -3,6 +3,7 @@
 | command | compares |
 |---|---|
 | python -m dgemma_jax.bench.peer | a denoising step and a generation with Hugging Face `transformers`, on CPU |
+| python -m dgemma_jax.bench.throughput | many prompts of mixed lengths with batches of `transformers`, on CPU |
 
 They are no tests: nothing here fails because a machine is slow.
 """

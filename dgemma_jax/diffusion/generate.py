@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgemma_jax.config import SamplerConfig
+from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.diffusion import loop, noise
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion import sampler as sampling
@@ -133,7 +133,7 @@ def generate(
         ValueError: before any work, for an empty prompt, ids outside the vocabulary, more tokens than the
             context holds, arrays of a wrong shape, non-finite weights.
     """
-    run = _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
+    run = begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
     return _run(run, loop.compiled, callback, callback_every)
 
 
@@ -142,7 +142,7 @@ def generate_python(bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sa
                     soft: Any = None, callback: Callable[[Draft], None] | None = None, callback_every: int = 1,
                     thinking: bool = False) -> Generation:  # fmt: skip
     """`generate` with the loop over steps in Python: the same steps, tokens and trajectory; slower, easier to read."""
-    run = _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
+    run = begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
     return _run(run, loop.python, callback, callback_every)
 
 
@@ -168,12 +168,12 @@ def resume(
             f"the moment's S has shape {moment.soft.shape}, this model needs {shape}: is it of another model?"
         )
     seeds = [-1] * moment.canvas.shape[0]  # unknown here; the keys are in the moment
-    run = _Run(model, tokenizer, moment.replace(sampler=settings), record or Record(), seeds)
+    run = Run(model, tokenizer, moment.replace(sampler=settings), record or Record(), seeds)
     return _run(run, loop.compiled, callback, callback_every)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class Run:
     """A run about to begin or to go on: the model, where it stands, and what to keep."""
 
     model: Any
@@ -183,25 +183,17 @@ class _Run:
     seeds: list[int]
 
 
-def _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, every) -> _Run:
+def begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, every) -> Run:
     """Check everything, run the prompt through the model and stand before the first step."""
     model, tokenizer, default = inputs.parts(bundle)
     sampler = default if sampler is None else sampler
     config, length = model.config, model.config.canvas_length
     ids = inputs.to_ids(prompts, tokenizer, config.vocab_size, thinking)
     seeds = inputs.to_seeds(seed, len(ids))
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
-    if record is not None and record.top_k > config.vocab_size:
-        raise ValueError(f"top_k={record.top_k} exceeds the vocabulary of {config.vocab_size}")
+    num_blocks = blocks_for(max(map(len, ids)), max_new_tokens, config)
+    if record is not None:
+        check_record(record, config.vocab_size, sampler)
     _check_every(every)
-    num_blocks = -(-max_new_tokens // length)
-    longest = max(map(len, ids)) + num_blocks * length
-    if longest > config.max_position_embeddings:
-        raise ValueError(
-            f"a prompt of {max(map(len, ids))} tokens and {num_blocks} blocks of {length} make {longest}; the context "
-            f"is {config.max_position_embeddings}: shorten the prompt or lower max_new_tokens"
-        )
     rows = len(ids)
     canvas = inputs.rows_of("canvas", canvas, (rows, length), np.int32)
     pinned = inputs.rows_of("pinned", pinned, (rows, length), bool)
@@ -226,7 +218,31 @@ def _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinne
         history=np.zeros((rows, 0), np.int32), ended=np.zeros(rows, bool), spent=np.zeros(rows, np.int32),
         sampler=sampler, num_blocks=num_blocks, prompts=tuple(map(tuple, ids)),
     )  # fmt: skip
-    return _Run(model, tokenizer, moment, Record() if record is None else record, seeds)
+    return Run(model, tokenizer, moment, Record() if record is None else record, seeds)
+
+
+def blocks_for(prompt_length: int, max_new_tokens: int, config: ModelConfig) -> int:
+    """Whole blocks for so many new tokens, or a ValueError where there is no room for them behind the prompt."""
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
+    length = config.canvas_length
+    num_blocks = -(-max_new_tokens // length)
+    longest = prompt_length + num_blocks * length
+    if longest > config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens and {num_blocks} blocks of {length} make {longest}; the context "
+            f"is {config.max_position_embeddings}: shorten the prompt or lower max_new_tokens"
+        )
+    return num_blocks
+
+
+def check_record(record: Record, vocab_size: int, sampler: SamplerConfig) -> None:
+    """A ValueError for a record of more candidates or later steps than there are."""
+    if record.top_k > vocab_size:
+        raise ValueError(f"top_k={record.top_k} exceeds the vocabulary of {vocab_size}")
+    kept, total = record.site_steps or (0,), sampler.max_denoising_steps
+    if kept[-1] >= total:
+        raise ValueError(f"site_steps has step {kept[-1]}; max_denoising_steps={total} makes steps 0..{total - 1}")
 
 
 def _check_every(every: int) -> None:
@@ -251,12 +267,10 @@ def prefill_prompts(model: Any, ids: Sequence[Sequence[int]], num_blocks: int) -
     return functional.prefill(model, tokens, valid, cache_length=capacity, chunk=PREFILL_CHUNK).cache
 
 
-def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None, every: int) -> Generation:
+def _run(run: Run, denoise: Callable, callback: Callable[[Draft], None] | None, every: int) -> Generation:
     """Denoise the block at hand and those after it, until every row has ended."""
     moment, blocks = run.moment, []
-    kept, total = run.record.site_steps or (0,), moment.sampler.max_denoising_steps
-    if kept[-1] >= total:
-        raise ValueError(f"site_steps has step {kept[-1]}; max_denoising_steps={total} makes steps 0..{total - 1}")
+    check_record(run.record, run.model.config.vocab_size, moment.sampler)
     while True:
         first = np.asarray(moment.canvas)
         shapes = (run.model, moment.state, moment.cache, moment.sampler, moment.pinned, run.record)
@@ -268,13 +282,13 @@ def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None,
         committed = np.asarray(state.canvas if moment.sampler.commit == "canvas" else state.argmax)
         committed = np.where(moment.ended[:, None], 0, committed)  # a row that had ended took no step
         blocks.append((first, loop.fetched(buffers), committed, np.asarray(state.step), np.asarray(state.stop)))
-        history, ended = _commit(moment, committed)
+        history, ended = commit(moment, committed)
         spent = moment.spent + np.asarray(state.step)
         number = moment.block + 1
         if ended.all() or number >= moment.num_blocks:
             break
         moment = _next_block(run.model, moment, state, committed, history, ended, spent)
-    return _finish(run, blocks, history, ended, spent)
+    return finish(run, blocks, history, ended, spent)
 
 
 def _draft(
@@ -286,7 +300,7 @@ def _draft(
     )
 
 
-def _commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """History with the block added, and which rows have ended. What follows an end token becomes padding."""
     is_end = np.isin(committed, moment.sampler.eos_token_ids)
     after_end = (np.cumsum(is_end, 1) - is_end) > 0
@@ -305,7 +319,7 @@ def _next_block(model, moment, state, committed, history, ended, spent) -> Momen
     )  # fmt: skip
 
 
-def _finish(run: _Run, blocks: list, history: np.ndarray, ended: np.ndarray, spent: np.ndarray) -> Generation:
+def finish(run: Run, blocks: list, history: np.ndarray, ended: np.ndarray, spent: np.ndarray) -> Generation:
     moment, tokenizer = run.moment, run.tokenizer
     texts = (
         [None] * len(history)
@@ -333,7 +347,7 @@ def _visible(row: np.ndarray, sampler: SamplerConfig) -> list[int]:
     return row[: ends[0] if len(ends) else len(row)].tolist()
 
 
-def _trajectory(run: _Run, blocks: list, num_blocks: int) -> Trajectory:
+def _trajectory(run: Run, blocks: list, num_blocks: int) -> Trajectory:
     """Stack the blocks; blocks before the moment the run began at are there, not valid."""
     missing = num_blocks - len(blocks)
     rows, length = blocks[0][0].shape
@@ -363,7 +377,7 @@ def _trajectory(run: _Run, blocks: list, num_blocks: int) -> Trajectory:
 class Replay:
     """Recomputes any moment of a run from where the run began, by the same programs: exact, and free to keep."""
 
-    run: _Run
+    run: Run
 
     def __call__(self, trajectory: Trajectory, block: int, step: int, model: Any = None) -> Moment:
         """The moment before `step` of `block`."""
@@ -371,7 +385,7 @@ class Replay:
         moment = self.run.moment
         while moment.block < block:
             committed = trajectory.committed[moment.block]
-            history, ended = _commit(moment, committed)
+            history, ended = commit(moment, committed)
             spent = moment.spent + trajectory.num_steps[moment.block]
             moment = _next_block(model, moment, moment.state, committed, history, ended, spent)
         quiet = Record.nothing()

@@ -96,10 +96,11 @@ def fetched(buffers: Buffers) -> Buffers:
 
 
 @functools.partial(jax.jit, static_argnames="record")
-def _while(model, state, cache, buffers, sampler, pinned, index, limit, *, record):
+def _while(model, state, cache, buffers, sampler, pinned, index, limit, least=None, *, record):
     def going(carry):
         index, state, _ = carry
-        return (index < limit) & jnp.any(~state.done)
+        goes_on = jnp.any(~state.done) if least is None else jnp.sum(~state.done) >= least
+        return (index < limit) & goes_on
 
     def body(carry):
         index, state, buffers = carry
@@ -133,6 +134,21 @@ def compiled(
         if draft is not None:
             draft(state, buffers, int(index) - 1)
     return state, buffers
+
+
+def some(
+    model: Any, state: State, cache: KVCache, buffers: Buffers, sampler: SamplerConfig, record: Record, *, least: int
+) -> tuple[int, State, Buffers]:  # fmt: skip
+    """The same loop for rows that are at steps of their own: until fewer than `least` go on, or the buffers are full.
+
+    Returns:
+        Steps taken, which are the first of the buffers; the state; the buffers.
+    """
+    limit = jnp.int32(buffers["valid"].shape[0])
+    index, state, buffers = _while(
+        model, state, cache, buffers, sampler, None, jnp.int32(0), limit, jnp.int32(least), record=record
+    )
+    return int(index), state, buffers
 
 
 def python(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,23 @@ def planned(lengths: Sequence[int], size: int) -> list[np.ndarray]:
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """The rows with the last one repeated, for one shape throughout; what the copies give is thrown away."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
+    """At least `size` rows, the last one repeated, for one shape throughout; what the copies give is thrown away."""
+    return np.concatenate([rows, np.repeat(rows[-1:], max(0, size - len(rows)))])
+
+
+def together(made: Iterable[tuple[int, Any]], size: int, count: int) -> Iterator[tuple[np.ndarray, list[Any]]]:
+    """Results that come in any order, in batches of `size` in the order of their numbers, each when it is whole.
+
+    Args:
+        made: (number, result); numbers from `count` on are left out.
+    """
+    waiting: dict[int, Any] = {}
+    for number, result in made:
+        waiting[number] = result
+        first = number // size * size
+        own = np.arange(first, min(first + size, count))
+        if len(own) and all(n in waiting for n in own):
+            yield own, [waiting.pop(n) for n in own]
 
 
 def that_fit(bundle: Any) -> int:

@@ -5,12 +5,13 @@ The directory of a study:
 | file | content |
 |---|---|
 | manifest.json | model, prompts, sampler, settings, versions; written first |
-| parts/00000.npz, ... | the rows of each batch, written when it is done; they may go when the study is finished |
+| parts/00000.npz, ... | the rows of each part, written when it is done; they may go when the study is finished |
 | generations.npz | all rows, in the order of the prompts (`interp.studies.columns` says how to read it) |
 | summary.json, summary.txt, figures/*.png | what is made of them |
 
-Which rows make a batch depends on the prompts and settings alone, and a file is there whole or not at all. A study
-that was killed and run again leaves the same bytes as one that was not.
+Which rows make a part depends on the prompts and settings alone, and a file is there whole or not at all. A study
+that was killed and run again leaves the same bytes as one that was not. Within a part a row that has finished makes
+room for the next (`dg.stream`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from interp.questions import GRADERS
 from interp.studies import batches, columns, manifest, statistics_table
 from interp.studies.prompt_files import StudyPrompt, StudyPrompts
 from interp.studies.results import ROWS, Study
+
+BATCHES_A_PART = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ def study(
         out: directory of the study. Run it again with the same arguments to go on.
         seeds: generations of each prompt, under seed, seed + 1, ...
         sampler, max_new_tokens, thinking: as for `dg.generate`.
-        batch: generations at a time; by default what fits.
+        batch: generations at a time; by default what fits. An interruption loses at most eight batches.
         grade: how an answer is met, "exact" or "contains"; prompts without answer are not graded.
         monitors: regular expressions by name, for the statistic "monitorability"; by default a probe.
         progress: a bar; by default in a terminal.
@@ -87,19 +90,27 @@ def study(
     manifest.clear(out)
     if not (out / ROWS).exists():
         record = statistics_table.record_for(bundle, chosen.values())
-        plan = batches.planned([len(row.ids) for row in rows], size)
+        plan = batches.planned([len(row.ids) for row in rows], BATCHES_A_PART * size)
         (out / "parts").mkdir(exist_ok=True)
         with bar(f"study {name}", len(rows), progress, "generations") as done:
             for number, own in enumerate(plan):
                 path = out / "parts" / f"{number:05d}.npz"
-                if not path.exists():
-                    part = [rows[i] for i in batches.filled(own, size)]
-                    made = dg.generate(
-                        bundle, [row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record
-                    )  # fmt: skip
-                    found = _said(part, made, grade) | statistics_table.measured(bundle, made, chosen.values())
-                    columns.write(path, {name: values[: len(own)] for name, values in found.items()})
-                done(len(own))
+                if path.exists():
+                    done(len(own))
+                    continue
+                part = [rows[i] for i in batches.filled(own, size)]
+                asked = ([row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record)
+                made = dg.stream(bundle, *asked, rows=size)
+                found = []
+                for at, results in batches.together(made, size, len(own)):
+                    whole = batches.filled(np.arange(len(at)), size)
+                    some = dg.collected([results[i] for i in whole])
+                    said = _said([part[at[i]] for i in whole], some, grade)
+                    measured = said | statistics_table.measured(bundle, some, chosen.values())
+                    found.append((at, {name: values[: len(at)] for name, values in measured.items()}))
+                    done(len(at))
+                order = np.argsort(np.concatenate([at for at, _ in found]))
+                columns.write(path, columns.joined([values for _, values in found], order))
         parts = [columns.read(out / "parts" / f"{number:05d}.npz") for number in range(len(plan))]
         columns.write(out / ROWS, columns.joined(parts, np.argsort(np.concatenate(plan))))
     found = Study.load(out)

@@ -1,0 +1,371 @@
+"""Continuous batching: many prompts through few rows; where one has finished, the next takes its place.
+
+    waiting prompt -> free row -> read into its slots -> some steps -> block committed -> read, next block | result
+
+`generate` runs a batch in step: every block lasts as long as its slowest row, every batch as long as its longest
+answer. Here each row has a block and a step of its own. The compiled loop over steps is that of `generate`; it is left
+as soon as a row has finished its block. Prompts and committed blocks go through the model in pieces of few sizes and
+1, 2, 4, ... rows at once, so that the number of programs does not depend on the prompts.
+
+What a prompt gives depends on the prompt and its seed alone, as in `generate`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgemma_jax.config import SamplerConfig
+from dgemma_jax.diffusion import generate as lockstep
+from dgemma_jax.diffusion import loop, noise
+from dgemma_jax.diffusion import prompts as inputs
+from dgemma_jax.diffusion import sampler as sampling
+from dgemma_jax.diffusion.joined import joined
+from dgemma_jax.diffusion.kept_rows import KeptRows
+from dgemma_jax.diffusion.moment import Moment
+from dgemma_jax.diffusion.trajectory import Record, Trajectory
+from dgemma_jax.nn import cache as kv
+from dgemma_jax.nn import functional
+from dgemma_jax.progress import bar
+
+SPAN = 8  # steps recorded on the device before they are fetched
+IDLE = 1 / 16  # share of the rows that may stand idle before the loop is left
+
+
+def stream(
+    bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sampler: SamplerConfig | None = None,
+    max_new_tokens: int | Sequence[int] = 256, record: Record | None = None, *, rows: int = 8,
+    directory: str | Path | None = None, thinking: bool = False,
+) -> Iterator[tuple[int, lockstep.Generation]]:  # fmt: skip
+    """Generate answers to many prompts and give each as it is finished.
+
+    Each result is what `generate` gives for the prompt alone: a `Generation` of one row. An edit that tells rows by
+    their number sees the row that a prompt happened to run in.
+
+    Args:
+        bundle, prompts, seed, sampler, record, thinking: as for `generate`.
+        max_new_tokens: one for all prompts, or one each.
+        rows: prompts that run at once. It changes speed and memory, not results.
+        directory: keeps each finished result in a file. Called again with the same arguments, kept results come
+            first, without running, and only the others are run.
+
+    Yields:
+        (number of the prompt, its `Generation`), in order of finishing.
+
+    Raises:
+        ValueError: at the call, before any work, for what `generate` refuses, rows < 1, or a directory that
+            holds results of another job.
+    """
+    work = _Work.of(bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking)
+    return _results(work, None if directory is None else KeptRows.claim(directory, work.model, work.described()))
+
+
+def generate_many(
+    bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sampler: SamplerConfig | None = None,
+    max_new_tokens: int | Sequence[int] = 256, record: Record | None = None, *, rows: int = 8,
+    directory: str | Path | None = None, thinking: bool = False, progress: bool | None = None,
+) -> lockstep.Generation:  # fmt: skip
+    """Generate answers to many prompts, `rows` at a time: what `generate` gives for all of them at once.
+
+    Args:
+        progress: a bar; by default in a terminal or notebook. The others as for `stream`.
+    """
+    work = _Work.of(bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking)
+    kept = None if directory is None else KeptRows.claim(directory, work.model, work.described())
+    found: list[Any] = [None] * len(work.ids)
+    with bar("generate", len(found), progress, "prompts") as done:
+        for number, one in _results(work, kept):
+            found[number] = one
+            done(1)
+    return collected(found)
+
+
+def collected(results: Sequence[lockstep.Generation]) -> lockstep.Generation:
+    """Results of one `stream`, in any choice and order, as one generation with a row each.
+
+    Blocks that a row did not run are padding in `tokens` and zeros in every array of the trajectory.
+    """
+    again = [one.trajectory.replay for one in results]
+    return joined(results, _Again(again[0].work, tuple(number for own in again for number in own.numbers)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What is to be done, checked."""
+
+    model: Any
+    tokenizer: Any
+    sampler: SamplerConfig
+    record: Record
+    ids: list[list[int]]
+    seeds: list[int]
+    num_blocks: list[int]
+    rows: int
+
+    @classmethod
+    def of(cls, bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking) -> _Work:
+        model, tokenizer, default = inputs.parts(bundle)
+        ids = inputs.to_ids(prompts, tokenizer, model.config.vocab_size, thinking)
+        seeds = inputs.to_seeds(seed, len(ids))
+        sampler, record = sampler or default, record or Record()
+        if not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"rows must be an integer >= 1, got {rows!r}")
+        limits = [max_new_tokens] * len(ids) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(limits) != len(ids):
+            raise ValueError(f"max_new_tokens must be one integer or {len(ids)} of them (one a prompt); "
+                             f"got {len(limits)}")  # fmt: skip
+        blocks = [lockstep.blocks_for(len(own), limit, model.config) for own, limit in zip(ids, limits, strict=True)]
+        lockstep.check_record(record, model.config.vocab_size, sampler)
+        if hasattr(bundle, "check_finite"):
+            bundle.check_finite()
+        return cls(model, tokenizer, sampler, record, ids, seeds, blocks, min(rows, len(ids)))
+
+    def described(self) -> dict[str, Any]:
+        """What results depend on, beside the model. `rows` is not among it."""
+        own = ("ids", "seeds", "num_blocks", "sampler", "record")
+        return {name: repr(getattr(self, name)) for name in own} | {"config": repr(self.model.config)}
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the largest row."""
+        length = self.model.config.canvas_length
+        return lockstep.bucket(max(len(i) + n * length for i, n in zip(self.ids, self.num_blocks, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """Recomputes moments of some prompts, as `Replay` does, after running their prompts through the model again."""
+
+    work: _Work
+    numbers: tuple[int, ...]
+
+    def __call__(self, trajectory: Trajectory, block: int, step: int, model: Any = None) -> Moment:
+        work = self.work
+        (blocks, *others) = {work.num_blocks[n] for n in self.numbers}
+        if others:
+            raise ValueError("prompts with max_new_tokens of their own have no moments in common; use those of a "
+                             "prompt alone, which `stream` gives")  # fmt: skip
+        limit = blocks * work.model.config.canvas_length
+        ids, seeds = [work.ids[n] for n in self.numbers], [work.seeds[n] for n in self.numbers]
+        run = lockstep.begin(
+            work.model if model is None else model, ids, seeds, work.sampler, limit, work.record, None, None, None,
+            False, 1,
+        )  # fmt: skip
+        return lockstep.Replay(run)(trajectory, block, step)
+
+
+class _Row:
+    """A prompt on its way: the blocks behind it, and the steps of the one at hand."""
+
+    def __init__(self, work: _Work, number: int) -> None:
+        self.work, self.number = work, number
+        none = np.zeros(1, np.int32)
+        moment = Moment(
+            state=None, cache=None, pinned=None, history=np.zeros((1, 0), np.int32), ended=none > 0, spent=none,
+            sampler=work.sampler, num_blocks=work.num_blocks[number], prompts=(tuple(work.ids[number]),),
+        )  # fmt: skip
+        self.run = self.now = lockstep.Run(work.model, work.tokenizer, moment, work.record, [work.seeds[number]])
+        self.blocks: list[tuple] = []
+        self.steps: list[loop.Buffers] = []
+        self.first: np.ndarray | None = None  # the canvas that the block began with
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.now.moment.ended[0]) or len(self.blocks) == self.now.moment.num_blocks
+
+    def keep(self, host: loop.Buffers, slot: int, taken: int) -> None:
+        """Add the steps of a span that the row took."""
+        count = int(host["valid"][:taken, slot].sum())
+        self.steps.append(jax.tree.map(lambda a: np.array(a[:count, slot]), host))
+
+    def commit(self, committed: np.ndarray, stop: int) -> None:
+        """Close the block at hand."""
+        total, chosen = self.work.sampler.max_denoising_steps, self.work.record.site_steps
+
+        def padded(*parts: np.ndarray) -> np.ndarray:
+            array = np.concatenate(parts)
+            return np.concatenate([array, np.zeros((total - len(array), *array.shape[1:]), array.dtype)])[:, None]
+
+        taken = sum(len(part["valid"]) for part in self.steps)
+        buffers = jax.tree.map(padded, *self.steps)
+        if "sites" in buffers:
+            buffers["site_steps"] = np.arange(total) if chosen is None else np.array(chosen)
+            buffers["sites"] = jax.tree.map(lambda a: a[buffers["site_steps"]], buffers["sites"])
+        steps, stop = np.array([taken], np.int32), np.array([stop], np.int32)
+        self.blocks.append((self.first[None], buffers, committed[None], steps, stop))
+        self.steps = []
+        moment = self.now.moment
+        history, ended = lockstep.commit(moment, committed[None])
+        moment = dataclasses.replace(moment, history=history, ended=ended, spent=moment.spent + steps)
+        self.now = dataclasses.replace(self.now, moment=moment)
+
+    def result(self) -> lockstep.Generation:
+        moment = self.now.moment
+        out = lockstep.finish(self.run, self.blocks, moment.history, moment.ended, moment.spent)
+        return _with_moments(out, self.work, self.number)
+
+
+def _with_moments(out: lockstep.Generation, work: _Work, number: int) -> lockstep.Generation:
+    trajectory = dataclasses.replace(out.trajectory, replay=_Again(work, (number,)))
+    return dataclasses.replace(out, trajectory=trajectory)
+
+
+def _results(work: _Work, kept: KeptRows | None) -> Iterator[tuple[int, lockstep.Generation]]:
+    there = set() if kept is None else kept.numbers
+    for number in sorted(there):
+        yield number, _with_moments(kept.load(number), work, number)
+    for row in _finished(work, [n for n in range(len(work.ids)) if n not in there]):
+        out = row.result()
+        if kept is not None:
+            kept.save(row.number, out)
+        yield row.number, out
+
+
+def _finished(work: _Work, numbers: Sequence[int]) -> Iterator[_Row]:
+    """Run the prompts of these numbers; rows in the order in which they finish."""
+    model, config, waiting = work.model, work.model.config, collections.deque(numbers)
+    count = min(work.rows, len(waiting))
+    places: list[_Row | None] = [None] * count
+    at_hand = np.arange(0)  # places whose block is done
+    cache = kv.empty(config, count, work.capacity, model.dtype)
+    state = _idle(model, count)
+    buffers = None
+    while True:
+        pieces: dict[int, list[np.ndarray]] = {}  # by place: what the model must read before the next block
+        if len(at_hand):
+            committed = np.asarray(state.canvas if work.sampler.commit == "canvas" else state.argmax)
+            stop = np.asarray(state.stop)
+        for place in at_hand:
+            row = places[place]
+            row.commit(committed[place], int(stop[place]))
+            if row.is_over:
+                places[place] = None
+                yield row
+            else:
+                pieces[place] = cut(committed[place], config.canvas_length)
+        empty = [place for place in range(count) if places[place] is None]
+        fresh = empty[: len(waiting)]
+        for place in fresh:
+            places[place] = row = _Row(work, waiting.popleft())
+            pieces[place] = cut(np.array(work.ids[row.number], np.int32), config.canvas_length)
+        live = count - len(empty) + len(fresh)
+        if not live:
+            return
+        cache = _read(model, cache, pieces, fresh)
+        state = _begun(model, state, places, sorted(pieces))
+        if buffers is None:
+            buffers = loop.empty_buffers(model, state, cache, work.sampler, None, _all_sites(work.record))
+            buffers = {n: b if n == "slot" else jax.tree.map(lambda a: a[:SPAN], b) for n, b in buffers.items()}
+            _check_rows(buffers, count)
+        least = live - max(1, int(live * IDLE)) + 1
+        taken, state, buffers = loop.some(
+            model, state, cache, buffers, work.sampler, _all_sites(work.record), least=least
+        )
+        host = jax.device_get({name: buffer for name, buffer in buffers.items() if name != "slot"})
+        for place, row in enumerate(places):
+            if row is not None:
+                row.keep(host, place, taken)
+        at_hand = np.flatnonzero(np.asarray(state.done) & np.array([row is not None for row in places]))
+
+
+def _all_sites(record: Record) -> Record:
+    """Rows are at steps of their own, so captured sites are chosen on the host."""
+    return dataclasses.replace(record, site_steps=None)
+
+
+def _check_rows(buffers: loop.Buffers, count: int) -> None:
+    for leaf in jax.tree.leaves(buffers.get("fn")):
+        if leaf.ndim < 2 or leaf.shape[1] != count:
+            raise ValueError(
+                f"Record.fn gave an array of shape {leaf.shape[1:]}; prompts that run in rows need arrays [B, ...]"
+            )
+
+
+def _begun(model: Any, state: sampling.State, places: Sequence[_Row | None], begin: Sequence[int]) -> sampling.State:
+    """The state with a new block begun at some places."""
+    seeds = [0 if row is None else row.run.seeds[0] for row in places]
+    block = [0 if row is None else len(row.blocks) for row in places]
+    begins = np.isin(np.arange(len(places)), begin)
+    state = _new_blocks(model, state, np.array(seeds, np.uint32), np.array(block, np.int32), begins)
+    canvas = np.asarray(state.canvas)
+    for place in begin:
+        places[place].first = np.array(canvas[place])
+    return state
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _idle(model, count) -> sampling.State:
+    zeros = jnp.zeros(count, jnp.int32)
+    return sampling.start(noise.row_keys(zeros), zeros, zeros == 0, model.config.canvas_length, model)
+
+
+@jax.jit
+def _new_blocks(model, state, seeds, block, begins) -> sampling.State:
+    new = sampling.start(noise.row_keys(seeds), block, ~begins, state.canvas.shape[1], model)
+
+    def chosen(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(begins.reshape(-1, *[1] * (b.ndim - 1)), a, b)
+
+    return jax.tree.map(chosen, new, state)
+
+
+# ---- what the model reads: prompts and committed blocks ---------------------------------------------
+
+
+def piece_sizes(canvas_length: int) -> list[int]:
+    """Tokens of one piece: a canvas and its multiples by 4, and a quarter of a large one."""
+    sizes = [canvas_length // 4] if canvas_length >= 64 else []
+    size = canvas_length
+    while size <= max(canvas_length, lockstep.PREFILL_CHUNK):
+        sizes.append(size)
+        size *= 4
+    return sizes
+
+
+def cut(tokens: np.ndarray, canvas_length: int) -> list[np.ndarray]:
+    """The tokens in pieces, each the largest of `piece_sizes` that it fills by more than three quarters, or less."""
+    pieces, sizes = [], piece_sizes(canvas_length)
+    while len(tokens):
+        size = max([s for s in sizes if 4 * len(tokens) > 3 * s], default=sizes[0])
+        pieces.append(tokens[:size])
+        tokens = tokens[size:]
+    return pieces
+
+
+def _read(model: Any, cache: kv.KVCache, pieces: dict[int, list[np.ndarray]], fresh: Sequence[int]) -> kv.KVCache:
+    """Run the pieces through the model, rows whose next pieces are of a size together; `fresh` rows begin empty."""
+    sizes, clean = piece_sizes(model.config.canvas_length), set(fresh)
+    left = {place: collections.deque(own) for place, own in pieces.items()}
+    while left:
+        by_size = collections.defaultdict(list)
+        for place, own in left.items():
+            by_size[next(s for s in sizes if s >= len(own[0]))].append(place)
+        for size, places in sorted(by_size.items()):
+            while places:
+                together = [places.pop(0) for _ in range(1 << (len(places).bit_length() - 1))]
+                tokens, valid = np.zeros((len(together), size), np.int32), np.zeros((len(together), size), bool)
+                for at, place in enumerate(together):
+                    piece = left[place].popleft()
+                    tokens[at, : len(piece)], valid[at, : len(piece)] = piece, True
+                is_clean = np.isin(together, list(clean))
+                cache = _read_piece(model, cache, np.array(together), tokens, valid, is_clean)
+                clean -= set(together)
+        left = {place: own for place, own in left.items() if own}
+    return cache
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _read_piece(model, cache, places, tokens, valid, is_clean) -> kv.KVCache:
+    """The cache with the next tokens [n, T] of the rows at `places` [n]; clean ones are emptied before."""
+    own = jax.tree.map(lambda a: a[places], cache)
+    own = own.replace(length=jnp.where(is_clean, 0, own.length))
+    new = functional.prefill(model, tokens, valid, own).cache
+    return jax.tree.map(lambda a, b: a.at[places].set(b), cache, new)
