@@ -179,7 +179,7 @@ def replayed_steps(bundle: dg.Bundle, kept: Kept) -> None:
             equal(np.asarray(state.canvas)[going], run.next_canvas[n][going], f"canvas after step {n}")
             assert number == settings.max_denoising_steps - run.remaining[n]
         committed = run.argmax[steps[-1]].astype(np.int32)
-        moment.history, moment.ended = generation._commit(moment, committed)
+        moment.history, moment.ended = generation.commit(moment, committed)
         equal(moment.history, run.sequences[:, : moment.history.shape[1]], f"tokens up to block {block}")
         ended = moment.ended
         cache = dg.prefill(bundle, committed, np.broadcast_to(~ended[:, None], committed.shape), cache).cache
