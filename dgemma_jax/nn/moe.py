@@ -15,7 +15,8 @@ which GPU it is for, so whoever places the weights chooses (`nn.placement`).
 
 Why "mosaic" at every number of tokens (calculated for an H200, not measured): a canvas of 256 tokens reaches all 128
 experts, whose weights take 0.35 ms a layer to read; "dense" is bound by arithmetic, 0.50 ms, while the kernel computes
-159 tiles of 64 rows, 0.16 ms, behind the reading. With more tokens the gap widens, with fewer there is less to read.
+159 tiles of 64 rows, 0.15 ms, behind the reading. With more tokens the gap widens, with fewer there is less to read.
+What the kernel spends on looking up the group of a tile is not known: a measurement may favour "dense" at one canvas.
 """
 
 from __future__ import annotations
