@@ -95,6 +95,19 @@ def test_forms_agree_under_vmap_grad_and_jvp():
         jax.jvp(lambda x: moe._apply("ragged", 2, x, w[0], up[0], down[0]), (x[0],), (x[0],))
 
 
+def test_an_edit_may_widen_the_dtype():
+    """float32 residuals meet bfloat16 weights: the product and its gradients are those of the wider dtype."""
+    x, w, *weights = draw(5, 4, 2)
+    narrow = [jnp.asarray(a, jnp.bfloat16) for a in weights]
+
+    def gradient(form, x, gate_up, down):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(moe._apply(form, 2, a[0], w, *a[1:]))), (0, 1, 2))(x, gate_up, down)
+
+    ragged, dense = (jax.jit(functools.partial(gradient, form))(x, *narrow) for form in ("ragged", "dense"))
+    chex.assert_trees_all_equal_dtypes(ragged, (x, *narrow))
+    chex.assert_trees_all_close(ragged, dense, atol=2e-2)
+
+
 def test_blocks_are_enough_for_any_load():
     """The number of blocks is fixed by the sizes: no distribution of tokens needs more."""
     rng = np.random.default_rng(0)

@@ -61,9 +61,9 @@ def place(model: Transformer, form: str | None = None, layout: str | None = None
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or None, got {layout!r}")
     model.moe = form or model.moe
-    for layer in model.layers:
-        experts = layer.experts
-        if layout is None or not isinstance(experts, Experts) or experts.layout == layout:
+    nodes = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, Experts))
+    for experts in (node for node in nodes if isinstance(node, Experts)):
+        if layout is None or experts.layout == layout:
             continue
         if isinstance(experts.gate_up, Packed):
             raise ValueError(f"packed weights lie as 'efd' only, got layout {layout!r}; load without `quantize`")
