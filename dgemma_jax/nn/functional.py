@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ def of(model: Any) -> Transformer:
     return model if isinstance(model, Transformer) else model.model
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnames="cache")
 def _prefill(model: Transformer, tokens: jax.Array, valid: jax.Array, cache: kv.KVCache) -> Prefill:
     captured: dict[str, jax.Array] = {}
     positions = jnp.where(valid, cache.length[:, None] + jnp.cumsum(valid.astype(jnp.int32), 1) - 1, -1)
@@ -94,7 +95,8 @@ def prefill(
         raise ValueError(f"valid has shape {valid.shape}, tokens {tokens.shape}; they must be equal")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    if cache is None:
+    given = cache is not None
+    if not given:
         capacity = length + model.config.canvas_length if cache_length is None else cache_length
         cache = kv.empty(model.config, batch, capacity, model.dtype)
     elif cache_length is not None:
@@ -118,6 +120,8 @@ def prefill(
             raise ValueError(
                 f"{needed} tokens exceed the context of {model.config.max_position_embeddings}; shorten the prompt"
             )
+    if given:  # each piece writes over the cache it gets; the caller's stays
+        cache = jax.tree.map(jnp.copy, cache)
     pieces = [slice(i, i + (chunk or length)) for i in range(0, length, chunk or length)]
     hidden = []
     for piece in pieces:
