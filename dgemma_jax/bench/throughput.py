@@ -1,18 +1,19 @@
 """Many prompts of mixed lengths, against Hugging Face `transformers` with the same weights, on CPU.
 
-    python -m dgemma_jax.bench.throughput [--model medium|nano|tiny] [--prompts 256] [--save]     needs the `parity` extra
+    python -m dgemma_jax.bench.throughput [--model medium|nano|tiny] [--prompts 256] [--save]
 
-This package runs `dg.stream`: a row that has finished takes the next prompt. `transformers` runs batches, sorted by
-length and padded on the left to the longest of each: every block lasts as long as its slowest row, every batch as long
-as its longest answer, and rows that have ended are denoised until the others have. It runs with several sizes of
-batch, one among them, which waits for nobody; the fastest is the peer.
+needs the `parity` extra. This package runs `dg.stream`: a row that has finished takes the next prompt. `transformers`
+runs batches, sorted by length and padded on the left to the longest of each: every block lasts as long as its slowest
+row, every batch as long as its longest answer, and rows that have ended are denoised until the others have. Of several
+sizes of its batches the fastest is the peer; batches of one wait for nobody.
 
 `medium` has the sizes of `dgemma_jax.bench.peer` and random weights. Its final norm is scaled until the entropy falls
-over the steps as that of a trained model does, so that the adaptive stop ends a block at steps that differ; a set of end
-tokens ends two answers in five with each block. `nano` is the embedded model on its own tasks. Both sides have the
-same prompts and settings and random numbers of their own, so that what they had to do differs by chance: the table
-says how many steps of a row were needed, how many were computed (rows that waited count), and the time of a needed one.
-Times are of one whole job, without the compilation that a first job of a single step a block causes.
+over the steps as that of a trained model does, so that the adaptive stop ends blocks at steps that differ (by little:
+random rows are much alike); a set of end tokens ends two answers in five with each block. `nano` is the embedded model
+on its own tasks. Both sides have the same prompts and settings, and random numbers of their own, so that what they had
+to do differs by chance: the table says how many steps of a row were needed, how many were computed (rows that waited
+count), and the time of a needed one. Times are of one whole job, without the compilation, which a first job of a single
+step a block causes.
 """
 
 from __future__ import annotations
