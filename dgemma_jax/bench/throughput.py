@@ -185,7 +185,8 @@ def fastest_experts(job: Job) -> str:
             taken[name] = time.process_time() - start
         except (RuntimeError, ImportError, NotImplementedError) as error:
             print(f"left out: {name}: {str(error).splitlines()[0]}")
-    print("a step of the peer, processor time:", ", ".join(f"{name} {t:.2f} s" for name, t in taken.items()), flush=True)
+    said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in taken.items())
+    print(f"a step of the peer, processor time: {said}", flush=True)
     return min(taken, key=taken.get)
 
 
@@ -217,7 +218,8 @@ def compare(job: Job, rows: tuple[int, ...], peer_rows: tuple[int, ...], experts
 
 def _said(name: str, seconds: float, prompts: int, done: Done) -> str:
     return (
-        f"{name:28}  {seconds:8.1f} s  {done.processor_seconds:8.1f} s of processors  {prompts / seconds:7.3f} prompts/s  {done.tokens / seconds:8.1f} tokens/s  "
+        f"{name:28}  {seconds:8.1f} s  {done.processor_seconds:8.1f} s of processors  "
+        f"{prompts / seconds:7.3f} prompts/s  {done.tokens / seconds:8.1f} tokens/s  "
         f"steps needed {done.needed}, computed {done.computed} ({done.needed / done.computed:.0%} used), "
         f"{1e3 * done.processor_seconds / done.needed:.0f} ms of processors a needed one"
     )
