@@ -12,6 +12,7 @@ from test_diffusion_generate import CONFIG, SAMPLER, C, J, row, same
 import dgemma_jax as dg
 from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.diffusion import loop, reading, stream
+from interp.taps import tapped
 
 # ---- a random model --------------------------------------------------------------------------------
 
@@ -79,6 +80,19 @@ def test_other_prompts_in_another_order_share_the_programs(random, streamed):
     assert loop._while._cache_size() == loops
     sizes = [s for s in reading.piece_sizes(C) if 3 * s <= 4 * max(map(len, PROMPTS))]
     assert reading._read_piece._cache_size() <= len(sizes) * len(reading.group_sizes(3))
+
+
+@pytest.mark.slow
+def test_captured_sites_at_chosen_steps(random):
+    """Rows are at steps of their own; what is kept are the chosen steps of each."""
+    tap = tapped(random, ["layers.1.resid_post", "layers.0.router_probs"])[0]
+    options = OPTIONS | {"record": dg.Record(top_k=0, site_steps=(0, 2))}
+    found = dg.generate_many(tap, PROMPTS, SEEDS, rows=3, progress=False, **options).trajectory
+    expected = dg.generate(tap, PROMPTS, SEEDS, **options).trajectory
+    assert found.site_steps.tolist() == [0, 2] == expected.site_steps.tolist() and len(found.sites) == 2
+    for name, array in expected.sites.items():
+        assert array[1].any() and array.shape[:3] == (J, 2, len(PROMPTS))
+        np.testing.assert_allclose(found.sites[name], array, atol=5e-3, rtol=1e-4, err_msg=name)
 
 
 # ---- a script: how long a block takes, and in which block it ends, depends on the length of the prompt ----

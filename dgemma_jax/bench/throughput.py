@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for name, taken in seconds.items()
     )  # fmt: skip
-    counts = {name: dataclasses.asdict(done) for name, done in work.items()}
+    counts = {name: vars(done) | {"stops": sorted(done.stops.items())} for name, done in work.items()}
     found = report.Report(
         title=f"Throughput of {args.model}, mixed prompts, CPU, float32",
         rows=rows,
