@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import jax
 import numpy as np
@@ -12,7 +11,8 @@ from test_diffusion_generate import CONFIG, SAMPLER, C, J, row, same
 
 import dgemma_jax as dg
 from dgemma_jax.config import ModelConfig, SamplerConfig
-from dgemma_jax.diffusion import loop, stream
+from dgemma_jax.diffusion import loop, reading, stream
+from interp.taps import tapped
 
 # ---- a random model --------------------------------------------------------------------------------
 
@@ -78,8 +78,21 @@ def test_other_prompts_in_another_order_share_the_programs(random, streamed):
     for number, one in swapped.items():
         same(row(one, 0), row(streamed[len(PROMPTS) - 1 - number], 0), atol=5e-3)
     assert loop._while._cache_size() == loops
-    sizes = [s for s in stream.piece_sizes(C) if 3 * s < 4 * max(map(len, PROMPTS))]
-    assert stream._read_piece._cache_size() <= len(sizes) * (1 + math.floor(math.log2(3)))
+    sizes = [s for s in reading.piece_sizes(C) if 3 * s <= 4 * max(map(len, PROMPTS))]
+    assert reading._read_piece._cache_size() <= len(sizes) * len(reading.group_sizes(3))
+
+
+@pytest.mark.slow
+def test_captured_sites_at_chosen_steps(random):
+    """Rows are at steps of their own; what is kept are the chosen steps of each."""
+    tap = tapped(random, ["layers.1.resid_post", "layers.0.router_probs"])[0]
+    options = OPTIONS | {"record": dg.Record(top_k=0, site_steps=(0, 2))}
+    found = dg.generate_many(tap, PROMPTS, SEEDS, rows=3, progress=False, **options).trajectory
+    expected = dg.generate(tap, PROMPTS, SEEDS, **options).trajectory
+    assert found.site_steps.tolist() == [0, 2] == expected.site_steps.tolist() and len(found.sites) == 2
+    for name, array in expected.sites.items():
+        assert array[1].any() and array.shape[:3] == (J, 2, len(PROMPTS))
+        np.testing.assert_allclose(found.sites[name], array, atol=5e-3, rtol=1e-4, err_msg=name)
 
 
 # ---- a script: how long a block takes, and in which block it ends, depends on the length of the prompt ----
@@ -215,11 +228,11 @@ def test_rows_gone_and_rows_kept(scripted, alone, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("canvas", [6, 64, 256])
 def test_prompts_are_cut_into_few_sizes_with_little_padding(canvas):
-    sizes = stream.piece_sizes(canvas)
-    assert canvas in sizes and len(sizes) <= 6
+    sizes = reading.piece_sizes(canvas)
+    assert canvas in sizes and len(sizes) <= 5 and reading.group_sizes(8) == [1, 4] and reading.group_sizes(3) == [1, 4]
     for length in [1, canvas - 1, canvas, canvas + 1, *range(3, 5000, 271)]:
-        pieces = stream.cut(np.arange(length), canvas)
-        np.testing.assert_array_equal(np.concatenate(pieces), np.arange(length))
+        pieces = reading.cut(range(length), sizes)
+        assert [*itertools.chain(*pieces)] == list(range(length))
         padded = sum(next(s for s in sizes if s >= len(p)) for p in pieces)
         assert padded <= 4 / 3 * length + sizes[0]
 

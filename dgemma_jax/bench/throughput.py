@@ -1,18 +1,19 @@
 """Many prompts of mixed lengths, against Hugging Face `transformers` with the same weights, on CPU.
 
-    python -m dgemma_jax.bench.throughput [--model medium|nano|tiny] [--prompts 256] [--save]     needs the `parity` extra
+    python -m dgemma_jax.bench.throughput [--model medium|nano|tiny] [--prompts 256] [--save]
 
-This package runs `dg.stream`: a row that has finished takes the next prompt. `transformers` runs batches, sorted by
-length and padded on the left to the longest of each: every block lasts as long as its slowest row, every batch as long
-as its longest answer, and rows that have ended are denoised until the others have. It runs with several sizes of
-batch, one among them, which waits for nobody; the fastest is the peer.
+needs the `parity` extra. This package runs `dg.stream`: a row that has finished takes the next prompt. `transformers`
+runs batches, sorted by length and padded on the left to the longest of each: every block lasts as long as its slowest
+row, every batch as long as its longest answer, and rows that have ended are denoised until the others have. Of several
+sizes of its batches the fastest is the peer; batches of one wait for nobody.
 
 `medium` has the sizes of `dgemma_jax.bench.peer` and random weights. Its final norm is scaled until the entropy falls
-over the steps as that of a trained model does, so that the adaptive stop ends a block at steps that differ; a set of end
-tokens ends two answers in five with each block. `nano` is the embedded model on its own tasks. Both sides have the
-same prompts and settings and random numbers of their own, so that what they had to do differs by chance: the table
-says how many steps of a row were needed, how many were computed (rows that waited count), and the time of a needed one.
-Times are of one whole job, without the compilation that a first job of a single step a block causes.
+over the steps as that of a trained model does, so that the adaptive stop ends blocks at steps that differ (by little:
+random rows are much alike); a set of end tokens ends two answers in five with each block. `nano` is the embedded model
+on its own tasks. Both sides have the same prompts and settings, and random numbers of their own, so that what they had
+to do differs by chance: the table says how many steps of a row were needed, how many were computed (rows that waited
+count), and the time of a needed one. Times are of one whole job, without the compilation, which a first job of a single
+step a block causes. Where a machine has other work to do, processor time says more than time; both are printed.
 """
 
 from __future__ import annotations
@@ -61,11 +62,15 @@ class Job:
 
 @dataclasses.dataclass
 class Done:
-    """What a run did: rows times steps that were needed and that were computed, tokens that are not padding."""
+    """What a run did: rows times steps that were needed and that were computed, tokens that are not padding.
+
+    `stops` counts blocks by their steps (ours alone).
+    """
 
     needed: int = 0
     computed: int = 0
     tokens: int = 0
+    processor_seconds: float = 0.0
     stops: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
@@ -168,11 +173,28 @@ def theirs(job: Job, rows: int, experts: str, done: Done, warm: bool = False) ->
             done.tokens += int(own.sum())
 
 
+def fastest_experts(job: Job) -> str:
+    """The implementation of the peer's experts that takes least processor time for a step here."""
+    taken = {}
+    for name in peer.EXPERTS:
+        step = peer.peer_step(job.model, np.array(job.prompts[0]), name)
+        try:
+            step()
+            start = time.process_time()
+            step()
+            taken[name] = time.process_time() - start
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            print(f"left out: {name}: {str(error).splitlines()[0]}")
+    said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in taken.items())
+    print(f"a step of the peer, processor time: {said}", flush=True)
+    return min(taken, key=taken.get)
+
+
 def compare(job: Job, rows: tuple[int, ...], peer_rows: tuple[int, ...], experts: str, runs: int) -> tuple:
     """Time both sides.
 
     Returns:
-        Times by name, and what the last run of each did.
+        Times by name; what the last run of each did; times of the first, short job.
     """
     contestants: dict[str, Callable[..., None]] = {
         f"dgemma_jax, {n} rows": functools.partial(ours, job, n) for n in rows
@@ -186,18 +208,20 @@ def compare(job: Job, rows: tuple[int, ...], peer_rows: tuple[int, ...], experts
     for turn in range(runs):
         for name in list(contestants)[:: 1 if turn % 2 == 0 else -1]:
             work[name] = Done()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             contestants[name](done=work[name])
             seconds[name].append(time.perf_counter() - start)
+            work[name].processor_seconds = time.process_time() - used
             print(_said(name, seconds[name][-1], len(job.prompts), work[name]), flush=True)
     return seconds, work, compiling
 
 
 def _said(name: str, seconds: float, prompts: int, done: Done) -> str:
     return (
-        f"{name:28}  {seconds:8.1f} s  {prompts / seconds:7.3f} prompts/s  {done.tokens / seconds:8.1f} tokens/s  "
+        f"{name:28}  {seconds:8.1f} s  {done.processor_seconds:8.1f} s of processors  "
+        f"{prompts / seconds:7.3f} prompts/s  {done.tokens / seconds:8.1f} tokens/s  "
         f"steps needed {done.needed}, computed {done.computed} ({done.needed / done.computed:.0%} used), "
-        f"{1e3 * seconds / done.needed:.0f} ms a needed one"
+        f"{1e3 * done.processor_seconds / done.needed:.0f} ms of processors a needed one"
     )
 
 
@@ -208,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=256, help="how many (256)")
     parser.add_argument("--rows", type=_numbers, default=(8,), help="prompts at once here, with commas between (8)")
     parser.add_argument("--peer-rows", type=_numbers, default=(1, 8), help="sizes of the peer's batches (1,8)")
-    parser.add_argument("--experts", default="grouped_mm", help="the peer's experts: " + ", ".join(peer.EXPERTS))
+    parser.add_argument("--experts", choices=peer.EXPERTS, help="the peer's experts; by default the fastest")
     parser.add_argument("--canvas", type=int, default=256, help="canvas of medium (256)")
     parser.add_argument("--steps", type=int, default=12, help="most steps of a block of medium (12)")
     parser.add_argument("--blocks", type=int, default=4, help="most blocks of an answer of medium (4)")
@@ -226,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         small = dataclasses.replace(peer.Sizes.tiny(), steps=args.steps)
         tiny = args.model == "tiny"
         job = random_job(small if tiny else sizes, args.prompts, args.blocks, 20 if tiny else args.longest)
+    args.experts = args.experts or fastest_experts(job)
     seconds, work, compiling = compare(job, args.rows, args.peer_rows, args.experts, args.runs)
     rows = tuple(
         report.Row(
@@ -235,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for name, taken in seconds.items()
     )  # fmt: skip
-    counts = {name: dataclasses.asdict(done) for name, done in work.items()}
+    counts = {name: vars(done) | {"stops": sorted(done.stops.items())} for name, done in work.items()}
     found = report.Report(
         title=f"Throughput of {args.model}, mixed prompts, CPU, float32",
         rows=rows,

@@ -4,8 +4,7 @@
 
 `generate` runs a batch in step: every block lasts as long as its slowest row, every batch as long as its longest
 answer. Here each row has a block and a step of its own. The compiled loop over steps is that of `generate`; it is left
-as soon as a row has finished its block. Prompts and committed blocks go through the model in pieces of few sizes and
-1, 2, 4, ... rows at once, so that the number of programs does not depend on the prompts.
+as soon as a row has finished its block; prompts and committed blocks are read a few rows at a time (`reading`).
 
 What a prompt gives depends on the prompt and its seed alone, as in `generate`.
 """
@@ -25,7 +24,7 @@ import numpy as np
 
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import generate as lockstep
-from dgemma_jax.diffusion import loop, noise
+from dgemma_jax.diffusion import loop, noise, reading
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion import sampler as sampling
 from dgemma_jax.diffusion.joined import joined
@@ -33,7 +32,6 @@ from dgemma_jax.diffusion.kept_rows import KeptRows
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.trajectory import Record, Trajectory
 from dgemma_jax.nn import cache as kv
-from dgemma_jax.nn import functional
 from dgemma_jax.progress import bar
 
 SPAN = 8  # steps recorded on the device before they are fetched
@@ -118,7 +116,8 @@ class _Work:
         sampler, record = sampler or default, record or Record()
         if not isinstance(rows, int) or rows < 1:
             raise ValueError(f"rows must be an integer >= 1, got {rows!r}")
-        limits = [max_new_tokens] * len(ids) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        limits = np.asarray(max_new_tokens).tolist()
+        limits = limits if isinstance(limits, list) else [limits] * len(ids)
         if len(limits) != len(ids):
             raise ValueError(f"max_new_tokens must be one integer or {len(ids)} of them (one a prompt); "
                              f"got {len(limits)}")  # fmt: skip
@@ -239,7 +238,7 @@ def _finished(work: _Work, numbers: Sequence[int]) -> Iterator[_Row]:
     state = _idle(model, count)
     buffers = None
     while True:
-        pieces: dict[int, list[np.ndarray]] = {}  # by place: what the model must read before the next block
+        pieces: dict[int, list[Sequence[int]]] = {}  # by place: what the model must read before the next block
         if len(at_hand):
             committed = np.asarray(state.canvas if work.sampler.commit == "canvas" else state.argmax)
             stop = np.asarray(state.stop)
@@ -250,16 +249,16 @@ def _finished(work: _Work, numbers: Sequence[int]) -> Iterator[_Row]:
                 places[place] = None
                 yield row
             else:
-                pieces[place] = cut(committed[place], config.canvas_length)
+                pieces[place] = [committed[place]]
         empty = [place for place in range(count) if places[place] is None]
         fresh = empty[: len(waiting)]
         for place in fresh:
             places[place] = row = _Row(work, waiting.popleft())
-            pieces[place] = cut(np.array(work.ids[row.number], np.int32), config.canvas_length)
+            pieces[place] = reading.cut(work.ids[row.number], reading.piece_sizes(config.canvas_length))
         live = count - len(empty) + len(fresh)
         if not live:
             return
-        cache = _read(model, cache, pieces, fresh)
+        cache = reading.read(model, cache, pieces, fresh)
         state = _begun(model, state, places, sorted(pieces))
         if buffers is None:
             buffers = loop.empty_buffers(model, state, cache, work.sampler, None, _all_sites(work.record))
@@ -315,57 +314,3 @@ def _new_blocks(model, state, seeds, block, begins) -> sampling.State:
         return jnp.where(begins.reshape(-1, *[1] * (b.ndim - 1)), a, b)
 
     return jax.tree.map(chosen, new, state)
-
-
-# ---- what the model reads: prompts and committed blocks ---------------------------------------------
-
-
-def piece_sizes(canvas_length: int) -> list[int]:
-    """Tokens of one piece: a canvas and its multiples by 4, and a quarter of a large one."""
-    sizes = [canvas_length // 4] if canvas_length >= 64 else []
-    size = canvas_length
-    while size <= max(canvas_length, lockstep.PREFILL_CHUNK):
-        sizes.append(size)
-        size *= 4
-    return sizes
-
-
-def cut(tokens: np.ndarray, canvas_length: int) -> list[np.ndarray]:
-    """The tokens in pieces, each the largest of `piece_sizes` that it fills by more than three quarters, or less."""
-    pieces, sizes = [], piece_sizes(canvas_length)
-    while len(tokens):
-        size = max([s for s in sizes if 4 * len(tokens) > 3 * s], default=sizes[0])
-        pieces.append(tokens[:size])
-        tokens = tokens[size:]
-    return pieces
-
-
-def _read(model: Any, cache: kv.KVCache, pieces: dict[int, list[np.ndarray]], fresh: Sequence[int]) -> kv.KVCache:
-    """Run the pieces through the model, rows whose next pieces are of a size together; `fresh` rows begin empty."""
-    sizes, clean = piece_sizes(model.config.canvas_length), set(fresh)
-    left = {place: collections.deque(own) for place, own in pieces.items()}
-    while left:
-        by_size = collections.defaultdict(list)
-        for place, own in left.items():
-            by_size[next(s for s in sizes if s >= len(own[0]))].append(place)
-        for size, places in sorted(by_size.items()):
-            while places:
-                together = [places.pop(0) for _ in range(1 << (len(places).bit_length() - 1))]
-                tokens, valid = np.zeros((len(together), size), np.int32), np.zeros((len(together), size), bool)
-                for at, place in enumerate(together):
-                    piece = left[place].popleft()
-                    tokens[at, : len(piece)], valid[at, : len(piece)] = piece, True
-                is_clean = np.isin(together, list(clean))
-                cache = _read_piece(model, cache, np.array(together), tokens, valid, is_clean)
-                clean -= set(together)
-        left = {place: own for place, own in left.items() if own}
-    return cache
-
-
-@functools.partial(jax.jit, donate_argnames="cache")
-def _read_piece(model, cache, places, tokens, valid, is_clean) -> kv.KVCache:
-    """The cache with the next tokens [n, T] of the rows at `places` [n]; clean ones are emptied before."""
-    own = jax.tree.map(lambda a: a[places], cache)
-    own = own.replace(length=jnp.where(is_clean, 0, own.length))
-    new = functional.prefill(model, tokens, valid, own).cache
-    return jax.tree.map(lambda a, b: a.at[places].set(b), cache, new)
