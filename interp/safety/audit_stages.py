@@ -19,7 +19,7 @@ from interp import progress
 from interp.features.directions import Directions
 from interp.kept_chunks import Chunks
 from interp.safety import verdicts
-from interp.safety.prompt_files import Prompt
+from interp.safety.prompt_files import Prompt, asked
 from interp.safety.prompt_variants import planted, rewritten
 from interp.safety.refusal_feature import ARMS, RefusalFeature, find_refusal_feature
 from interp.safety.verdicts import COMPLIANCE, REFUSAL, Rule
@@ -47,9 +47,9 @@ class Task:
     max_new_tokens: int
     show: bool | None
 
-    def runs(self, texts: Sequence[str], seeds: Sequence[int], **more: Any) -> list[list[WatchedRun]]:
+    def runs(self, prompts: Sequence[Any], seeds: Sequence[int], **more: Any) -> list[list[WatchedRun]]:
         model, tokenizer, _ = inputs.parts(self.bundle)
-        ids = inputs.to_ids(list(texts), tokenizer, model.config.vocab_size)
+        ids = inputs.to_ids(list(prompts), tokenizer, model.config.vocab_size)
         settings = dict(watch=self.watch, batch=self.batch, sampler=self.sampler, max_new_tokens=self.max_new_tokens)
         return watched_runs(self.bundle, ids, seeds=list(seeds), **settings | more)
 
@@ -99,16 +99,22 @@ def admitted(bundle: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> lis
     for prompt in prompts:
         row: Row = dataclasses.asdict(prompt) | {"notes": list(prompt.notes), "why_not": None, "tokens": 0}
         try:
-            (ids,) = inputs.to_ids([prompt.text], tokenizer, model.config.vocab_size)
+            (ids,) = inputs.to_ids([asked(prompt.text, prompt.before)], tokenizer, model.config.vocab_size)
             row["tokens"] = len(ids)
             if len(ids) > room:
                 row["why_not"] = f"it has {len(ids):,} tokens; there is room for {room:,}"
-            if tokenizer.special_ids & set(tokenizer.encode(prompt.text)):
+            texts = [prompt.text, *(message["content"] for message in prompt.before)]
+            if tokenizer.special_ids & {i for text in texts for i in tokenizer.encode(text)}:
                 row["notes"].append("holds special tokens of the model, and they were read as such")
         except Exception as error:  # whatever a tokenizer or template makes of hostile text: told, and the rest goes on
             row["why_not"] = str(error) or type(error).__name__
         rows.append(row)
     return rows
+
+
+def said_in(row: Row) -> Any:
+    """The prompt of a row, with the conversation before it."""
+    return asked(row["text"], row["before"])
 
 
 def generations(task: Task, rows: list[Row]) -> np.ndarray:
@@ -120,7 +126,7 @@ def generations(task: Task, rows: list[Row]) -> np.ndarray:
     held: dict[int, np.ndarray] = {}
 
     def work(first: int, part: Sequence[Row]) -> list[Row]:
-        found = task.runs([row["text"] for row in part], [task.seed_of(row) for row in part])
+        found = task.runs(list(map(said_in, part)), [task.seed_of(row) for row in part])
         held[first] = _stacked([run.means for (run,) in found])
         return [_told(task.rule, run) for (run,) in found]
 
@@ -163,7 +169,7 @@ def feature(task: Task, rows: list[Row], found: Directions | None, most: int) ->
     for said in (REFUSAL, COMPLIANCE):
         of_kind = [row for row in rows if row["verdict"] == said and not row["phrase"]]
         used = of_kind[::2][:FIT]
-        sides.append([row["text"] for row in used])
+        sides.append(list(map(said_in, used)))
         for row in used:
             row["fit"] = True
     if min(map(len, sides)) < 3:
@@ -195,7 +201,7 @@ def activations(task: Task, rows: list[Row], shared: RefusalFeature, means: np.n
     layer, unit = shared.place
 
     def work(first: int, part: Sequence[Row]) -> list[float]:
-        return shared.share(shared.activations(task.bundle, [row["text"] for row in part])).tolist()
+        return shared.share(shared.activations(task.bundle, list(map(said_in, part)))).tolist()
 
     over_steps = means[:, :, list(layers).index(layer)].astype(np.float32) @ unit
     for number, (row, at_prompt) in enumerate(zip(rows, task.in_chunks(rows, "activations", work), strict=True)):
@@ -209,7 +215,7 @@ def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength:
     def work(first: int, part: Sequence[Row]) -> list[Row]:
         seeds = [task.seed_of(row) for row in part]
         found = task.runs(
-            [row["text"] for row in part], seeds, drafts=False, arms=len(ARMS),
+            list(map(said_in, part)), seeds, drafts=False, arms=len(ARMS),
             edited=lambda rows, _: shared.arms(task.bundle, rows, strength, task.sampler),
         )  # fmt: skip
         return [
@@ -224,6 +230,7 @@ def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength:
 
 def words(task: Task, rows: list[Row], draws: int) -> None:
     """Adds the effect of every word on the refusal margin, with its standard error."""
+
     def held(kind: str) -> set[str]:
         return {word for row in rows if row["verdict"] == kind and not row["phrase"] for word in row["text"].split()}
 
@@ -233,6 +240,7 @@ def words(task: Task, rows: list[Row], draws: int) -> None:
     def work(first: int, part: Sequence[Row]) -> list[Row]:
         found = word_effects(
             task.bundle, [row["text"] for row in part], pool, task.watch, draws=draws,
+            before=[row["before"] for row in part],
             seed=task.seed + first * draws, rows=4 * task.batch, sampler=task.sampler,
         )  # fmt: skip
         return [
@@ -251,11 +259,14 @@ def variants(task: Task, rows: list[Row], synonyms: Mapping[str, Sequence[str]] 
 
     def work(first: int, part: Sequence[Row]) -> list[list[Row]]:
         made = [rewritten(row["text"], synonyms=synonyms, seed=task.seed_of(row)) for row in part]
-        flat = [Prompt(text=text, line=row["line"]) for row, own in zip(part, made, strict=True) for _, text in own]
+        flat = [
+            Prompt(text=text, line=row["line"], before=row["before"])
+            for row, own in zip(part, made, strict=True) for _, text in own
+        ]  # fmt: skip
         checked = admitted(task.bundle, flat, task.max_new_tokens) if flat else []
         able = [row for row in checked if row["why_not"] is None]
         if able:
-            found = task.runs([row["text"] for row in able], [task.seed_of(row) for row in able])
+            found = task.runs(list(map(said_in, able)), [task.seed_of(row) for row in able])
             for row, (run,) in zip(able, found, strict=True):
                 row["answer"], row["verdict"] = run.text, verdict_of(task.rule, run)
         told, at = [], iter(checked)
@@ -284,10 +295,9 @@ def single_words(task: Task, rows: list[Row], most: int = 5, each: int = 24) -> 
     def one(word: str) -> Row:
         given = [row for row in answered if word not in row["text"].split()]
         given = [given[i] for i in rng.permutation(len(given))[:each]]
-        texts = [planted(row["text"], word, rng) for row in given]
-        able = [row for row in admitted(task.bundle, [Prompt(text=t, line=1) for t in texts], task.max_new_tokens)
-                if row["why_not"] is None]  # fmt: skip
-        found = task.runs([r["text"] for r in able], [task.seed + i for i in range(len(able))]) if able else []
+        made = [Prompt(text=planted(row["text"], word, rng), line=1, before=row["before"]) for row in given]
+        able = [row for row in admitted(task.bundle, made, task.max_new_tokens) if row["why_not"] is None]
+        found = task.runs(list(map(said_in, able)), [task.seed + i for i in range(len(able))]) if able else []
         said = [verdict_of(task.rule, run) == REFUSAL for (run,) in found]
         held = np.mean([word in row["text"].split() for row in refused])
         return {"word": word, "effect": total[word] / len(refused), "in_refusals": held, "refused": said}

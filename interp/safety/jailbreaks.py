@@ -24,6 +24,7 @@ from interp.captures import capture_prompt
 from interp.editing import edit
 from interp.edits import Edit
 from interp.safety.findings import share
+from interp.safety.prompt_files import asked
 from interp.safety.verdicts import REFUSAL
 from interp.safety.watched_runs import verdict_of
 
@@ -112,7 +113,7 @@ def patched_pairs(task: Any, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]
         "rest", "all": share with interval}}.
     """
     model, tokenizer, _ = inputs.parts(task.bundle)
-    texts = [[row["text"] for row in side] for side in zip(*pairs, strict=True)]
+    texts = [[asked(row["text"], row["before"]) for row in side] for side in zip(*pairs, strict=True)]
     ids = [inputs.to_ids(side, tokenizer, model.config.vocab_size) for side in texts]
     acts = [capture_prompt(task.bundle, side, _SITES) for side in ids]
     shortest, width = min(map(len, ids[0])), acts[0].tokens.shape[1]
