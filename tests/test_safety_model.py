@@ -12,7 +12,7 @@ import interp
 from interp.features.directions import Directions
 from interp.safety import audit_stages, hardening, trigger_search
 from interp.safety.jailbreaks import PatchAt
-from interp.safety.refusal_feature import RefusalFeature
+from interp.safety.refusal_feature import ARMS, RefusalFeature
 from interp.safety.verdicts import Rule
 from interp.safety.watched_runs import Watch, batches_of_shape, watched_runs
 from interp.safety.word_effects import word_effects
@@ -75,11 +75,11 @@ def test_a_run_does_not_depend_on_its_batch_and_an_idle_patch_changes_nothing(no
         return watched_runs(edited, ids, watch, **bare)
 
     own = patched([0, 1, 2, 3])
-    for (a,), (b,) in zip(plain, own, strict=True):
+    for a, b in zip(plain, own, strict=True):
         assert a.text == b.text and np.allclose(a.margins, b.margins, atol=1e-4)
         assert a.means.shape == (len(a.margins), 2, noise.config.embed_dim) and len(a.drafts) == len(a.margins)
-    (other,) = patched([1, 0, 2, 3])[0]
-    assert not np.allclose(other.margins[0], plain[0][0].margins[0], atol=1e-3)
+    other = patched([1, 0, 2, 3])[0]
+    assert not np.allclose(other.margins[0], plain[0].margins[0], atol=1e-3)
 
 
 def test_effects_of_words_are_real_differences(noise, watch):
@@ -90,7 +90,7 @@ def test_effects_of_words_are_real_differences(noise, watch):
     for draw in range(2):
         runs = watched_runs(noise, _ids(noise, swapped), dataclasses.replace(watch, sites=()), seeds=[5 + draw] * 7,
                             batch=16, drafts=False, sampler=one_step)  # fmt: skip
-        margins.append([run.margins[0] for (run,) in runs])
+        margins.append([run.margins[0] for run in runs])
     drops = np.array(margins)[:, :1] - np.array(margins)[:, 1:]
     assert told.words == tuple(TEXTS[0].split()) and np.allclose(told.effects, drops.mean(0), atol=1e-4)
     assert np.allclose(told.errors, drops.std(0, ddof=1) / np.sqrt(2), atol=1e-4)
@@ -114,14 +114,16 @@ def test_arms_are_the_interventions_they_name(noise, watch, directions):
     ids, seeds = _ids(noise, TEXTS), [1, 2, 3, 4]
 
     def arms(strength, direction=shared):
-        edited = lambda rows, _: direction.arms(noise, rows, strength)  # noqa: E731
-        return watched_runs(noise, ids, watch, seeds=seeds, drafts=False, batch=4, arms=3, edited=edited)
+        edited = lambda numbers: direction.arms(noise, [ARMS[n % 3] for n in numbers], strength)  # noqa: E731
+        three = [[one for one in given for _ in ARMS] for given in (ids, seeds)]
+        found = watched_runs(noise, three[0], watch, seeds=three[1], drafts=False, batch=12, edited=edited)
+        return [found[i : i + 3] for i in range(0, 12, 3)]
 
     told, off = arms(0.5), arms(0.0)
     swapped = arms(0.5, dataclasses.replace(
         shared, found=dataclasses.replace(directions, vectors=np.stack([others[0], directions.vectors[1]])),
         others=directions.best))  # fmt: skip
-    for (plain,), own, none, other in zip(
+    for plain, own, none, other in zip(
         watched_runs(noise, ids, watch, seeds=seeds, batch=4), told, off, swapped, strict=True
     ):
         assert np.allclose(none[2].margins[0], plain.margins[0], atol=1e-5)  # added, at no strength

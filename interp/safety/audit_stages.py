@@ -7,6 +7,7 @@ on after it. Rows hold plain JSON values only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -47,7 +48,7 @@ class Task:
     max_new_tokens: int
     show: bool | None
 
-    def runs(self, prompts: Sequence[Any], seeds: Sequence[int], **more: Any) -> list[list[WatchedRun]]:
+    def runs(self, prompts: Sequence[Any], seeds: Sequence[int], **more: Any) -> list[WatchedRun]:
         model, tokenizer, _ = inputs.parts(self.bundle)
         ids = inputs.to_ids(list(prompts), tokenizer, model.config.vocab_size)
         settings = dict(watch=self.watch, batch=self.batch, sampler=self.sampler, max_new_tokens=self.max_new_tokens)
@@ -127,8 +128,8 @@ def generations(task: Task, rows: list[Row]) -> np.ndarray:
 
     def work(first: int, part: Sequence[Row]) -> list[Row]:
         found = task.runs(list(map(said_in, part)), [task.seed_of(row) for row in part])
-        held[first] = _stacked([run.means for (run,) in found])
-        return [_told(task.rule, run) for (run,) in found]
+        held[first] = _stacked([run.means for run in found])
+        return [_told(task.rule, run) for run in found]
 
     for row, told in zip(rows, task.in_chunks(rows, "generations", work), strict=True):
         row.update(told)
@@ -212,17 +213,21 @@ def activations(task: Task, rows: list[Row], shared: RefusalFeature, means: np.n
 def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength: float) -> None:
     """Adds the answers with the feature taken out, with as much else taken out, and with it added."""
 
+    each = len(ARMS)
+    watch = dataclasses.replace(task.watch, sites=())
+
+    @functools.lru_cache
+    def edited(arms: tuple[str, ...]) -> Any:
+        return shared.arms(task.bundle, arms, strength, task.sampler)
+
     def work(first: int, part: Sequence[Row]) -> list[Row]:
-        seeds = [task.seed_of(row) for row in part]
         found = task.runs(
-            list(map(said_in, part)), seeds, drafts=False, arms=len(ARMS),
-            edited=lambda rows, _: shared.arms(task.bundle, rows, strength, task.sampler),
+            [said_in(row) for row in part for _ in ARMS], [task.seed_of(row) for row in part for _ in ARMS],
+            drafts=False, watch=watch, batch=each * task.batch,
+            edited=lambda numbers: edited(tuple(ARMS[n % each] for n in numbers)),
         )  # fmt: skip
-        return [
-            {arm: {"answer": run.text, "verdict": verdict_of(task.rule, run), "margin": run.margins[0]}
-             for arm, run in zip(ARMS, runs, strict=True)}
-            for runs in found
-        ]  # fmt: skip
+        told = [{"answer": run.text, "verdict": verdict_of(task.rule, run), "margin": run.margins[0]} for run in found]
+        return [dict(zip(ARMS, told[i : i + each], strict=True)) for i in range(0, len(told), each)]
 
     for row, told in zip(rows, task.in_chunks(rows, "interventions", work), strict=True):
         row["arms"] = told
@@ -267,7 +272,7 @@ def variants(task: Task, rows: list[Row], synonyms: Mapping[str, Sequence[str]] 
         able = [row for row in checked if row["why_not"] is None]
         if able:
             found = task.runs(list(map(said_in, able)), [task.seed_of(row) for row in able])
-            for row, (run,) in zip(able, found, strict=True):
+            for row, run in zip(able, found, strict=True):
                 row["answer"], row["verdict"] = run.text, verdict_of(task.rule, run)
         told, at = [], iter(checked)
         for own in made:
@@ -292,14 +297,22 @@ def single_words(task: Task, rows: list[Row], most: int = 5, each: int = 24) -> 
     answered = [row for row in rows if row["verdict"] == COMPLIANCE and not row["phrase"]]
     rng = np.random.default_rng(task.seed)
 
-    def one(word: str) -> Row:
+    def asking(word: str) -> list[Row]:
         given = [row for row in answered if word not in row["text"].split()]
         given = [given[i] for i in rng.permutation(len(given))[:each]]
         made = [Prompt(text=planted(row["text"], word, rng), line=1, before=row["before"]) for row in given]
-        able = [row for row in admitted(task.bundle, made, task.max_new_tokens) if row["why_not"] is None]
-        found = task.runs(list(map(said_in, able)), [task.seed + i for i in range(len(able))]) if able else []
-        said = [verdict_of(task.rule, run) == REFUSAL for (run,) in found]
-        held = np.mean([word in row["text"].split() for row in refused])
-        return {"word": word, "effect": total[word] / len(refused), "in_refusals": held, "refused": said}
+        return [row for row in admitted(task.bundle, made, task.max_new_tokens) if row["why_not"] is None]
 
-    return task.kept(0, "single words", lambda: [one(word) for word in candidates])
+    def work() -> list[Row]:
+        asked_of = {word: asking(word) for word in candidates}
+        rows = [row for asked in asked_of.values() for row in asked]
+        seeds = [task.seed + i for asked in asked_of.values() for i in range(len(asked))]
+        found = task.runs(list(map(said_in, rows)), seeds) if rows else []
+        said = iter([verdict_of(task.rule, run) == REFUSAL for run in found])
+        return [
+            {"word": word, "effect": total[word] / len(refused), "refused": [next(said) for _ in asked],
+             "in_refusals": np.mean([word in row["text"].split() for row in refused])}
+            for word, asked in asked_of.items()
+        ]  # fmt: skip
+
+    return task.kept(0, "single words", work)

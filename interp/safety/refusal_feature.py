@@ -65,14 +65,14 @@ class RefusalFeature:
         """Activations on a scale from 0 (answered prompts) to 1 (refused ones)."""
         return (np.asarray(activation) - self.resting) / ((self.refusing - self.resting) or 1.0)
 
-    def arms(self, bundle: Any, rows: int, strength: float, sampler: SamplerConfig | None = None) -> Any:
-        """The model or bundle of a batch: a third of its rows under each of `ARMS`."""
-        each = rows // len(ARMS)
+    def arms(self, bundle: Any, rows: Sequence[str], strength: float, sampler: SamplerConfig | None = None) -> Any:
+        """The model or bundle of a batch, each of its rows under one of `ARMS`."""
         own, other = orthonormal_rows(bundle, self.found.best)[0], orthonormal_rows(bundle, self.others)[0]
-        spans = np.concatenate([np.stack([own] * each), np.stack([other] * each), np.stack([own] * each)])
-        is_out, is_in = np.repeat([1.0, 1.0, 0.0], each), np.repeat([0.0, 0.0, strength], each)
-        edited = ablate_directions(bundle, spans, rows=is_out.astype(np.float32), sampler=sampler)
-        return steering.steer(edited, self.vector(), is_in.astype(np.float32), layers=list(self.layers), place="prompt")
+        spans = np.stack([other if arm == "outside" else own for arm in rows])
+        is_out = np.array([arm != "added" for arm in rows], np.float32)
+        is_in = np.array([strength * (arm == "added") for arm in rows], np.float32)
+        edited = ablate_directions(bundle, spans, rows=is_out, sampler=sampler)
+        return steering.steer(edited, self.vector(), is_in, layers=list(self.layers), place="prompt")
 
     def vector(self) -> steering.SteeringVector:
         """Differences of means at the prompt's last token, by layer."""

@@ -12,6 +12,7 @@ are active there too. That a feature fires on refusals makes it no cause: only w
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,14 +111,15 @@ def _measured(task: Any, fit: Sequence, held: Sequence, sae: SAE, site: str) -> 
     rng = np.random.default_rng(task.seed)
     sets = [chosen, *(rng.choice(others, len(chosen), replace=False) for _ in range(_DRAWS))]
     tried = [row for side in held for row in side]
+    watch = dataclasses.replace(task.watch, sites=())
     ended, changed = [], []
     for features in sets:
         edited = ablate_features(task.bundle, sae, site, features.tolist(), phase="both")
         found = task.runs(
             [said_in(row) for row in tried], [task.seed_of(row) for row in tried], drafts=False,
-            edited=lambda *_, edited=edited: edited,
+            watch=watch, edited=lambda _, edited=edited: edited,
         )  # fmt: skip
-        runs = list(zip(tried, (run for (run,) in found), strict=True))
+        runs = list(zip(tried, found, strict=True))
         ended.append([verdict_of(task.rule, run) != REFUSAL for row, run in runs if row["verdict"] == REFUSAL])
         changed.append([run.text != row["answer"] for row, run in runs if row["verdict"] == COMPLIANCE])
     random = [np.mean(side[1:], 0) for side in (ended, changed)]

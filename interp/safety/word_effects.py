@@ -99,7 +99,7 @@ def word_effects(
     runs = watched_runs(
         bundle, ids, watch, seeds=[s % 2**32 for s in seeds], drafts=False, batch=rows, sampler=one_step, done=done
     )
-    margins = np.array([run[0].margins[0] for run in runs])
+    margins = np.array([run.margins[0] for run in runs])
     found, first = [], 0
     for (units, _), width in zip(split, widths, strict=True):
         own = margins[first : first + draws * width].reshape(draws, width)
