@@ -12,7 +12,7 @@ import interp
 from interp.features.directions import Directions
 from interp.safety import audit_stages, hardening, trigger_search
 from interp.safety.jailbreaks import PatchAt
-from interp.safety.refusal_feature import ARMS, RefusalFeature
+from interp.safety.refusal_feature import ARMS, RefusalFeature, rows_of_models
 from interp.safety.verdicts import Rule
 from interp.safety.watched_runs import Watch, batches_of_shape, watched_runs
 from interp.safety.word_effects import word_effects
@@ -105,6 +105,19 @@ def directions(noise):
     # Not the last layer: nothing reads what is added to the prompt there.
     return Directions(vectors=vectors, places=(("prompt", -1, 0), ("prompt", -1, 1)), norms=np.ones(2, np.float32),
                       chosen=(0,))  # fmt: skip
+
+
+def test_rows_of_models_are_those_edited_at_once(noise, directions):
+    shared = RefusalFeature(found=directions, others=directions.vectors[1:], resting=0.0, refusing=2.0)
+    alone = [shared.arms(noise, [arm] * 4, 0.5) for arm in ARMS]
+    mixed = rows_of_models(alone, [2, 0, 1, 0]).model
+    whole = shared.arms(noise, [ARMS[i] for i in (2, 0, 1, 0)], 0.5).model
+    pairs = list(zip(jax.tree.leaves(mixed), jax.tree.leaves(whole), strict=True))
+    assert all(a.shape == b.shape for a, b in pairs)
+    # What lies beyond the rows of the batch is filling.
+    assert all(np.array_equal(a[:4] if a.ndim else a, b[:4] if b.ndim else b) for a, b in pairs)
+    own = jax.tree.leaves(alone[0].model)
+    assert not all(np.array_equal(a, b) for a, (b, _) in zip(own, pairs, strict=True))
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from interp.kept_chunks import Chunks
 from interp.safety import verdicts
 from interp.safety.prompt_files import Prompt, asked
 from interp.safety.prompt_variants import planted, rewritten
-from interp.safety.refusal_feature import ARMS, RefusalFeature, find_refusal_feature
+from interp.safety.refusal_feature import ARMS, RefusalFeature, find_refusal_feature, rows_of_models
 from interp.safety.verdicts import COMPLIANCE, REFUSAL, Rule
 from interp.safety.watched_runs import Watch, WatchedRun, verdict_of, watched_runs
 from interp.safety.word_effects import word_effects
@@ -217,14 +217,17 @@ def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength:
     watch = dataclasses.replace(task.watch, sites=())
 
     @functools.lru_cache
-    def edited(arms: tuple[str, ...]) -> Any:
-        return shared.arms(task.bundle, arms, strength, task.sampler)
+    def alone(arm: str, rows: int) -> Any:
+        return shared.arms(task.bundle, [arm] * rows, strength, task.sampler)
+
+    def edited(numbers: Sequence[int]) -> Any:
+        return rows_of_models([alone(arm, len(numbers)) for arm in ARMS], [n % each for n in numbers])
 
     def work(first: int, part: Sequence[Row]) -> list[Row]:
         found = task.runs(
             [said_in(row) for row in part for _ in ARMS], [task.seed_of(row) for row in part for _ in ARMS],
             drafts=False, watch=watch, batch=each * task.batch,
-            edited=lambda numbers: edited(tuple(ARMS[n % each] for n in numbers)),
+            edited=edited,
         )  # fmt: skip
         told = [{"answer": run.text, "verdict": verdict_of(task.rule, run), "margin": run.margins[0]} for run in found]
         return [dict(zip(ARMS, told[i : i + each], strict=True)) for i in range(0, len(told), each)]
