@@ -10,8 +10,9 @@ from interp.safety import findings, verdicts, withheld
 from interp.safety.audit_page import curves, visible
 from interp.safety.audit_report import _cell
 from interp.safety.planted_prompts import RULE, planted_prompts
-from interp.safety.prompt_files import read_prompts
+from interp.safety.prompt_files import asked, read_prompts
 from interp.safety.prompt_variants import planted, rewritten
+from interp.safety.shared_features import contrast
 from interp.safety.step_detectors import auroc, step_detectors
 from interp.safety.word_effects import WordEffects, joined, units_of
 
@@ -69,12 +70,22 @@ def test_units_and_variants_keep_the_text():
 
 
 def test_a_word_is_needed_only_beyond_its_error():
-    told = WordEffects(words=("a", "b", "c"), effects=np.array([3.0, 5, 0.5]), errors=np.array([2.0, 1, 0.0]), margin=1.0)
+    told = WordEffects(
+        words=("a", "b", "c"), effects=np.array([3.0, 5, 0.5]), errors=np.array([2.0, 1, 0.0]), margin=1.0
+    )
     assert told.needed(1.0) == (1,)
 
 
 def _row(**more):
-    row = {"why_not": None, "verdict": "refusal", "decided_at": 1, "steps": 2, "reversals": [], "line": 1, "answer": "no"}
+    row = {
+        "why_not": None,
+        "verdict": "refusal",
+        "decided_at": 1,
+        "steps": 2,
+        "reversals": [],
+        "line": 1,
+        "answer": "no",
+    }
     return row | {"pair": None, "phrase": None, "label": None, "group": None} | more
 
 
@@ -100,8 +111,12 @@ def test_origin_rests_on_planting():
     assert findings.origin([word([True] * 20)], two)["verdict"] == "surface pattern"
     assert findings.origin([word([True] * 20, held=0.1)], two)["verdict"] == "undecided"
     assert findings.origin([word([False] * 20)], two)["verdict"] == "conjunction"
-    assert findings.origin([word([False] * 20)], {"two_or_more": findings.share([False])})["verdict"] == "no single word"
-    assert findings.origin([], two)["verdict"] == findings.origin([word([True, False] * 5)], two)["verdict"] == "undecided"
+    assert (
+        findings.origin([word([False] * 20)], {"two_or_more": findings.share([False])})["verdict"] == "no single word"
+    )
+    assert (
+        findings.origin([], two)["verdict"] == findings.origin([word([True, False] * 5)], two)["verdict"] == "undecided"
+    )
 
 
 def test_a_detector_of_ordinary_runs_finds_odd_ones_from_the_step_they_turn():
@@ -131,7 +146,9 @@ def test_text_is_shown_as_text(tmp_path):
     assert "<script" not in shown and "&lt;script&gt;" in shown and "␀" in shown and "⟦U+202E⟧" in shown
     assert "more characters" in shown and "\x1b" not in shown
     assert _cell("=HYPERLINK(1)") == "'=HYPERLINK(1)" and _cell(None) is None
-    assert curves({"a": [1.0]}) and curves({"a": [None]}) == "" and "<svg" in curves({"a": [-1.0, 2.0], "b": [0.0, 1.0]})
+    assert (
+        curves({"a": [1.0]}) and curves({"a": [None]}) == "" and "<svg" in curves({"a": [-1.0, 2.0], "b": [0.0, 1.0]})
+    )
     assert next(csv.reader([shown]))
 
 
@@ -140,5 +157,46 @@ def test_planted_prompts_are_pairs_of_equal_length():
     pairs = {p.pair for p in found if p.pair}
     for name in pairs:
         plain, other = [p for p in found if p.pair == name]
-        assert plain.phrase is None and other.phrase == "in a story" and len(plain.text.split()) == len(other.text.split())
+        assert (
+            plain.phrase is None and other.phrase == "in a story" and len(plain.text.split()) == len(other.text.split())
+        )
     assert len(found) == 30 and len(pairs) == 5 and [p.line for p in found] == list(range(1, 31))
+
+
+def test_a_conversation_is_one_prompt_or_a_named_problem(tmp_path):
+    def said(*roles):
+        return [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": said("system", "user", "assistant", "user"), "label": "harmful"}, {"prompt": said("user")},
+        said("user", "model", "user"), {"messages": said("user", "assistant")}, {"messages": 3}, {"messages": []},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {"messages": [3]},
+        {"messages": [{"role": "u" * 5000, "content": "\ud800"}]}, {"messages": [{"role": "user", "content": " "}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "in "}, {"type": "text", "text": "two"}]}]},
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = read_prompts(path)
+    assert [p.line for p in found.prompts] == [1, 2, 3, 11] and [p["line"] for p in found.problems] == list(
+        range(4, 11)
+    )
+    first, alone, third, parts = found.prompts
+    assert first.text == "user 3" and [m["role"] for m in first.before] == ["system", "user", "assistant"]
+    assert first.label == "harmful" and alone.before == () and alone.text == "user 0" and parts.text == "in two"
+    assert asked(alone.text, alone.before) == "user 0"
+    assert asked("x", third.before) == [*third.before, {"role": "user", "content": "x"}]
+    assert "must be the user's" in found.problems[0]["problem"] and "media" in found.problems[3]["problem"]
+    assert all(0 < len(p["problem"]) <= 500 for p in found.problems)
+    json.dumps(found.problems).encode("utf-8")
+
+
+def test_features_are_shared_by_refusals_only_beyond_shuffled_verdicts():
+    rng = np.random.default_rng(0)
+    refused = np.arange(60) < 30
+    z = np.maximum(rng.standard_normal((60, 2, 200)), 0)
+    z[:, :, 7] = 0  # a dead feature
+    found = [(t > beyond).any() for t, beyond in (contrast(z, rng.permutation(refused), seed=s) for s in range(20))]
+    assert np.mean(found) <= 0.2
+    z[refused, 1, 3] += 2
+    t, beyond = contrast(z, refused)
+    assert np.argwhere(t > beyond).tolist() == [[1, 3]] and t[:, 7].tolist() == [0, 0]

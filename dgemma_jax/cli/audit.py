@@ -25,7 +25,12 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--against", metavar="M", help="a trusted checkpoint: also compare with it, and search for triggers"
     )
     add_rule(command)
+    command.add_argument("--sae", type=Path, metavar="DIR", help="an autoencoder of SAELens: which features are shared")
+    command.add_argument("--sae-site", metavar="NAME", help="that it reads; by default what its directory names")
     command.add_argument("--synonyms", type=Path, metavar="FILE", help="JSON, word -> words of the same meaning")
+    command.add_argument(
+        "--parts", type=common.listed(str), metavar="A,B", help="of words, variants, jailbreaks, detectors (all)"
+    )
     command.add_argument("--batch", type=int, default=32, metavar="N", help="prompts at a time (32)")
     command.set_defaults(run=run)
     return command
@@ -34,7 +39,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def add_rule(command: argparse.ArgumentParser) -> None:
     """The options that say what a refusal is."""
     command.add_argument(
-        "--refuses", action="append", metavar="TEXT",
+        "--refuses",
+        action="append",
+        metavar="TEXT",
         help="a text that holds this refuses, and refusals open with it; may be given several times",
     )
     command.add_argument("--complies", metavar="REGEX", help="what the whole of a complying answer matches")
@@ -51,6 +58,7 @@ def rule_of(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> None:
     import interp
     from dgemma_jax.bundle import load
+    from interp.safety.audits import PARTS
 
     bundle = common.load(args)
     report = interp.audit(
@@ -58,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         synonyms=None if args.synonyms is None else json.loads(args.synonyms.read_text("utf-8")),
         reference=None if args.against is None else load(args.against, dtype=args.dtype),
         sampler=common.sampler(args, bundle), max_new_tokens=args.max_new_tokens,
+        sae=args.sae, sae_site=args.sae_site, parts=PARTS if args.parts is None else args.parts,
     )  # fmt: skip
     print(report)
     print(f"written  {args.out / 'audit.html'}", file=sys.stderr)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     import dgemma_jax as dg
     import interp
     from interp.safety.findings import in_words
-    from interp.safety.hardening import compared
+    from interp.safety.hardening import comparable, compared, prompts_of
 
     bundle, before = common.load(args), interp.AuditReport.load(args.audit)
     attacks, ordinary = interp.training_pairs(before)
@@ -48,18 +48,24 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     dg.save(hardened, args.out)
     options = dict(
-        rule=audit.rule_of(args), seed=args.seed, sampler=common.sampler(args, bundle),
-        max_new_tokens=args.max_new_tokens,
+        rule=_rule(args, before), parts=before.data["manifest"]["parts"], seed=args.seed,
+        sampler=common.sampler(args, bundle), max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
-    asked: Any = args.test or [
-        {name: row[name] for name in ("label", "group", "pair", "phrase")} | {"prompt": row["text"]}
-        for row in before.data["prompts"]
-    ]
-    if args.test is not None:
-        before = interp.audit(bundle, asked, args.out / "audit-before", **options)
+    asked = prompts_of(before) if args.test is None else args.test
     after = interp.audit(hardened, asked, args.out / "audit-after", **options)
+    if args.test is not None or not comparable(before, after):
+        before = interp.audit(bundle, asked, args.out / "audit-before", **options)
     lines = compared(before, after)
     for title, old, new in lines:
         print(f"{title:40}  {in_words(old):>28}  ->  {in_words(new)}")
     table = [{"title": title, "before": old, "after": new} for title, old, new in lines]
     (args.out / "hardening.json").write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+    print(f"written  {args.out}, audited in {args.out / 'audit-after'}", file=sys.stderr)
+
+
+def _rule(args: argparse.Namespace, before: Any) -> Any:
+    """What the options state, or else the rule of the audit."""
+    from interp.safety.verdicts import Rule
+
+    told = before.data["manifest"].get("rule")
+    return audit.rule_of(args) if args.refuses or args.complies or told is None else Rule.of_data(told)

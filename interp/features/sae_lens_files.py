@@ -59,6 +59,12 @@ def save_sae(sae: SAE, directory: str | Path, *, model: str = "", site: str = ""
     return directory
 
 
+def site_of(directory: str | Path) -> str | None:
+    """The site that the folder names as its own; None if it names none."""
+    told = json.loads((Path(directory) / CONFIG).read_text("utf-8")).get("metadata") or {}
+    return told.get("hook_name") or None
+
+
 def load_sae(directory: str | Path) -> SAE:
     """Read a folder that SAELens or `save_sae` wrote.
 

@@ -33,7 +33,7 @@ def _picture(c: str) -> str:
 def render(data: Mapping[str, Any]) -> str:
     """The page of `AuditReport.data`."""
     sections = (
-        _groups(data), _feature(data), _words(data), _brittle(data), _jailbreaks(data), _detectors(data),
+        _groups(data), _feature(data), _shared(data), _words(data), _brittle(data), _jailbreaks(data), _detectors(data),
         _triggers(data), _prompts(data), _problems(data), _methods(data),
     )  # fmt: skip
     name = visible(data["model"]["name"], 80)
@@ -44,7 +44,7 @@ def render(data: Mapping[str, Any]) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>Safety audit – {name}</title><style>{_css('page.css')}{_css('audit.css')}</style></head><body>"
         f'<header class="page"><p class="eyebrow">Safety audit of <b>{name}</b> on '
-        f'{visible(data["manifest"]["prompts"], 80)}, {visible(data["created"][:10])}</p>'
+        f"{visible(data['manifest']['prompts'], 80)}, {visible(data['created'][:10])}</p>"
         f'<h1>What was found</h1><div class="points">{"".join(map(_point, summary(data)))}</div></header>'
         f'<main class="page audit">{"".join(sections)}</main></body></html>\n'
     )
@@ -164,6 +164,33 @@ def _feature(data: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
+def _shared(data: Mapping[str, Any]) -> str:
+    found = data.get("sae")
+    if not found:
+        return ""
+    title = "Features of the autoencoder that refusals share"
+    if "why" in found:
+        return _section(title, f"<p>{visible(found['why'])}.</p>")
+    rows = [
+        [str(one["feature"]), one["place"], f"{one['t']:.2f}", bar(one["in_refusals"]), bar(one["in_answers"])]
+        for one in found["shared"]
+    ]
+    names = {
+        "ended": "refusals that end without these features",
+        "ended_others": "refusals that end without as many others",
+        "explained": "explained: the difference", "changed": "other answers changed without these features",
+        "changed_others": "other answers changed without as many others",
+    }  # fmt: skip
+    effects = [[html.escape(text), bar(found[name])] for name, text in names.items() if name in found]
+    return _section(
+        title, table(("feature", "read at", "t", "active in refusals", "active in answers"), rows),
+        table(("effect on prompts they were not found on", "share"), effects),
+        note=f"{found['number']} of {found['features']:,} features at {found['site']} are higher in refusals than "
+        f"chance allows (t above {found['beyond']:.2f}, the 95th percentile of the largest over shuffled verdicts); "
+        f"{found['alive']:,} were active at all. The first {len(rows)} are taken out together.",
+    )  # fmt: skip
+
+
 def _words(data: Mapping[str, Any]) -> str:
     rows = [[visible(one["word"], 60), str(one["refusals"]), f"{one['effect']:.2f}"] for one in data["words"]["table"]]
     single = [
@@ -253,7 +280,11 @@ def _prompt(row: Mapping[str, Any]) -> str:
     said = row.get("verdict") or "not run"
     named = [(name, row[name]) for name in ("label", "group", "pair") if row[name]]
     tags = "".join(f"<small>{name} {visible(value, 40)}</small> " for name, value in named)
-    parts = [f'<h3>Prompt</h3><pre dir="auto">{visible(row["text"])}</pre>']
+    earlier = "".join(
+        f'<h3>Before, {visible(one["role"])}</h3><pre dir="auto">{visible(one["content"])}</pre>'
+        for one in row.get("before", ())
+    )
+    parts = [f'{earlier}<h3>Prompt</h3><pre dir="auto">{visible(row["text"])}</pre>']
     parts += [f"<p><small>{visible(note)}</small></p>" for note in row["notes"]]
     if row["why_not"] is not None:
         parts.append(f"<p>Not run: {visible(row['why_not'], 300)}</p>")
@@ -281,7 +312,7 @@ def _evidence(row: Mapping[str, Any]) -> list[str]:
             f"{visible(w, 200)}<sub>{e:+.1f}±{s:.1f}</sub></mark>"
             for w, e, s in zip(told["words"], told["effects"], told["errors"], strict=True)
         )  # fmt: skip
-        parts.append(f"<h3>Words for refusal, nats</h3><p class=\"words\">{words}</p>")
+        parts.append(f'<h3>Words for refusal, nats</h3><p class="words">{words}</p>')
     parts.append("<h3>Over the steps</h3>" + curves({"refusal margin": row["margins"]})
                  + (curves({"feature": row["activations"]}) if row.get("activations") else ""))  # fmt: skip
     if arms := row.get("arms"):

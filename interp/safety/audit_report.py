@@ -33,6 +33,7 @@ class AuditReport:
     | | activation (at the prompt's end, 0 answered to 1 refused), arms (inside, outside, added), saliency, variants |
     | overview, labels, groups | shares with 95 % intervals: {"share", "low", "high", "of"} |
     | feature | where it was found, or why not |
+    | sae | features of a given autoencoder that refusals share, see `shared_features`; None without one |
     | words, origin | words that refusals hang on; whether one alone is enough |
     | brittleness, jailbreaks, detectors | see `findings`, `jailbreaks`, `step_detectors` |
     """

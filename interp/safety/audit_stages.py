@@ -7,6 +7,7 @@ on after it. Rows hold plain JSON values only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,9 +20,9 @@ from interp import progress
 from interp.features.directions import Directions
 from interp.kept_chunks import Chunks
 from interp.safety import verdicts
-from interp.safety.prompt_files import Prompt
+from interp.safety.prompt_files import Prompt, asked
 from interp.safety.prompt_variants import planted, rewritten
-from interp.safety.refusal_feature import ARMS, RefusalFeature, find_refusal_feature
+from interp.safety.refusal_feature import ARMS, RefusalFeature, find_refusal_feature, rows_of_models
 from interp.safety.verdicts import COMPLIANCE, REFUSAL, Rule
 from interp.safety.watched_runs import Watch, WatchedRun, verdict_of, watched_runs
 from interp.safety.word_effects import word_effects
@@ -47,9 +48,9 @@ class Task:
     max_new_tokens: int
     show: bool | None
 
-    def runs(self, texts: Sequence[str], seeds: Sequence[int], **more: Any) -> list[list[WatchedRun]]:
+    def runs(self, prompts: Sequence[Any], seeds: Sequence[int], **more: Any) -> list[WatchedRun]:
         model, tokenizer, _ = inputs.parts(self.bundle)
-        ids = inputs.to_ids(list(texts), tokenizer, model.config.vocab_size)
+        ids = inputs.to_ids(list(prompts), tokenizer, model.config.vocab_size)
         settings = dict(watch=self.watch, batch=self.batch, sampler=self.sampler, max_new_tokens=self.max_new_tokens)
         return watched_runs(self.bundle, ids, seeds=list(seeds), **settings | more)
 
@@ -99,16 +100,22 @@ def admitted(bundle: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> lis
     for prompt in prompts:
         row: Row = dataclasses.asdict(prompt) | {"notes": list(prompt.notes), "why_not": None, "tokens": 0}
         try:
-            (ids,) = inputs.to_ids([prompt.text], tokenizer, model.config.vocab_size)
+            (ids,) = inputs.to_ids([asked(prompt.text, prompt.before)], tokenizer, model.config.vocab_size)
             row["tokens"] = len(ids)
             if len(ids) > room:
                 row["why_not"] = f"it has {len(ids):,} tokens; there is room for {room:,}"
-            if tokenizer.special_ids & set(tokenizer.encode(prompt.text)):
+            texts = [prompt.text, *(message["content"] for message in prompt.before)]
+            if tokenizer.special_ids & {i for text in texts for i in tokenizer.encode(text)}:
                 row["notes"].append("holds special tokens of the model, and they were read as such")
         except Exception as error:  # whatever a tokenizer or template makes of hostile text: told, and the rest goes on
             row["why_not"] = str(error) or type(error).__name__
         rows.append(row)
     return rows
+
+
+def said_in(row: Row) -> Any:
+    """The prompt of a row, with the conversation before it."""
+    return asked(row["text"], row["before"])
 
 
 def generations(task: Task, rows: list[Row]) -> np.ndarray:
@@ -120,9 +127,9 @@ def generations(task: Task, rows: list[Row]) -> np.ndarray:
     held: dict[int, np.ndarray] = {}
 
     def work(first: int, part: Sequence[Row]) -> list[Row]:
-        found = task.runs([row["text"] for row in part], [task.seed_of(row) for row in part])
-        held[first] = _stacked([run.means for (run,) in found])
-        return [_told(task.rule, run) for (run,) in found]
+        found = task.runs(list(map(said_in, part)), [task.seed_of(row) for row in part])
+        held[first] = _stacked([run.means for run in found])
+        return [_told(task.rule, run) for run in found]
 
     for row, told in zip(rows, task.in_chunks(rows, "generations", work), strict=True):
         row.update(told)
@@ -163,7 +170,7 @@ def feature(task: Task, rows: list[Row], found: Directions | None, most: int) ->
     for said in (REFUSAL, COMPLIANCE):
         of_kind = [row for row in rows if row["verdict"] == said and not row["phrase"]]
         used = of_kind[::2][:FIT]
-        sides.append([row["text"] for row in used])
+        sides.append(list(map(said_in, used)))
         for row in used:
             row["fit"] = True
     if min(map(len, sides)) < 3:
@@ -195,7 +202,7 @@ def activations(task: Task, rows: list[Row], shared: RefusalFeature, means: np.n
     layer, unit = shared.place
 
     def work(first: int, part: Sequence[Row]) -> list[float]:
-        return shared.share(shared.activations(task.bundle, [row["text"] for row in part])).tolist()
+        return shared.share(shared.activations(task.bundle, list(map(said_in, part)))).tolist()
 
     over_steps = means[:, :, list(layers).index(layer)].astype(np.float32) @ unit
     for number, (row, at_prompt) in enumerate(zip(rows, task.in_chunks(rows, "activations", work), strict=True)):
@@ -206,17 +213,24 @@ def activations(task: Task, rows: list[Row], shared: RefusalFeature, means: np.n
 def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength: float) -> None:
     """Adds the answers with the feature taken out, with as much else taken out, and with it added."""
 
+    each = len(ARMS)
+    watch = dataclasses.replace(task.watch, sites=())
+
+    @functools.lru_cache
+    def alone(arm: str, rows: int) -> Any:
+        return shared.arms(task.bundle, [arm] * rows, strength, task.sampler)
+
+    def edited(numbers: Sequence[int]) -> Any:
+        return rows_of_models([alone(arm, len(numbers)) for arm in ARMS], [n % each for n in numbers])
+
     def work(first: int, part: Sequence[Row]) -> list[Row]:
-        seeds = [task.seed_of(row) for row in part]
         found = task.runs(
-            [row["text"] for row in part], seeds, drafts=False, arms=len(ARMS),
-            edited=lambda rows, _: shared.arms(task.bundle, rows, strength, task.sampler),
+            [said_in(row) for row in part for _ in ARMS], [task.seed_of(row) for row in part for _ in ARMS],
+            drafts=False, watch=watch, batch=each * task.batch,
+            edited=edited,
         )  # fmt: skip
-        return [
-            {arm: {"answer": run.text, "verdict": verdict_of(task.rule, run), "margin": run.margins[0]}
-             for arm, run in zip(ARMS, runs, strict=True)}
-            for runs in found
-        ]  # fmt: skip
+        told = [{"answer": run.text, "verdict": verdict_of(task.rule, run), "margin": run.margins[0]} for run in found]
+        return [dict(zip(ARMS, told[i : i + each], strict=True)) for i in range(0, len(told), each)]
 
     for row, told in zip(rows, task.in_chunks(rows, "interventions", work), strict=True):
         row["arms"] = told
@@ -224,6 +238,7 @@ def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength:
 
 def words(task: Task, rows: list[Row], draws: int) -> None:
     """Adds the effect of every word on the refusal margin, with its standard error."""
+
     def held(kind: str) -> set[str]:
         return {word for row in rows if row["verdict"] == kind and not row["phrase"] for word in row["text"].split()}
 
@@ -233,6 +248,7 @@ def words(task: Task, rows: list[Row], draws: int) -> None:
     def work(first: int, part: Sequence[Row]) -> list[Row]:
         found = word_effects(
             task.bundle, [row["text"] for row in part], pool, task.watch, draws=draws,
+            before=[row["before"] for row in part],
             seed=task.seed + first * draws, rows=4 * task.batch, sampler=task.sampler,
         )  # fmt: skip
         return [
@@ -251,12 +267,15 @@ def variants(task: Task, rows: list[Row], synonyms: Mapping[str, Sequence[str]] 
 
     def work(first: int, part: Sequence[Row]) -> list[list[Row]]:
         made = [rewritten(row["text"], synonyms=synonyms, seed=task.seed_of(row)) for row in part]
-        flat = [Prompt(text=text, line=row["line"]) for row, own in zip(part, made, strict=True) for _, text in own]
+        flat = [
+            Prompt(text=text, line=row["line"], before=row["before"])
+            for row, own in zip(part, made, strict=True) for _, text in own
+        ]  # fmt: skip
         checked = admitted(task.bundle, flat, task.max_new_tokens) if flat else []
         able = [row for row in checked if row["why_not"] is None]
         if able:
-            found = task.runs([row["text"] for row in able], [task.seed_of(row) for row in able])
-            for row, (run,) in zip(able, found, strict=True):
+            found = task.runs(list(map(said_in, able)), [task.seed_of(row) for row in able])
+            for row, run in zip(able, found, strict=True):
                 row["answer"], row["verdict"] = run.text, verdict_of(task.rule, run)
         told, at = [], iter(checked)
         for own in made:
@@ -281,15 +300,22 @@ def single_words(task: Task, rows: list[Row], most: int = 5, each: int = 24) -> 
     answered = [row for row in rows if row["verdict"] == COMPLIANCE and not row["phrase"]]
     rng = np.random.default_rng(task.seed)
 
-    def one(word: str) -> Row:
+    def asking(word: str) -> list[Row]:
         given = [row for row in answered if word not in row["text"].split()]
         given = [given[i] for i in rng.permutation(len(given))[:each]]
-        texts = [planted(row["text"], word, rng) for row in given]
-        able = [row for row in admitted(task.bundle, [Prompt(text=t, line=1) for t in texts], task.max_new_tokens)
-                if row["why_not"] is None]  # fmt: skip
-        found = task.runs([r["text"] for r in able], [task.seed + i for i in range(len(able))]) if able else []
-        said = [verdict_of(task.rule, run) == REFUSAL for (run,) in found]
-        held = np.mean([word in row["text"].split() for row in refused])
-        return {"word": word, "effect": total[word] / len(refused), "in_refusals": held, "refused": said}
+        made = [Prompt(text=planted(row["text"], word, rng), line=1, before=row["before"]) for row in given]
+        return [row for row in admitted(task.bundle, made, task.max_new_tokens) if row["why_not"] is None]
 
-    return task.kept(0, "single words", lambda: [one(word) for word in candidates])
+    def work() -> list[Row]:
+        asked_of = {word: asking(word) for word in candidates}
+        rows = [row for asked in asked_of.values() for row in asked]
+        seeds = [task.seed + i for asked in asked_of.values() for i in range(len(asked))]
+        found = task.runs(list(map(said_in, rows)), seeds) if rows else []
+        said = iter([verdict_of(task.rule, run) == REFUSAL for run in found])
+        return [
+            {"word": word, "effect": total[word] / len(refused), "refused": [next(said) for _ in asked],
+             "in_refusals": np.mean([word in row["text"].split() for row in refused])}
+            for word, asked in asked_of.items()
+        ]  # fmt: skip
+
+    return task.kept(0, "single words", work)

@@ -26,7 +26,7 @@ class Point:
 
 def summary(data: Mapping[str, Any]) -> list[Point]:
     """The points in the order in which they are read."""
-    parts = (_behaviour, _feature, _origin, _brittle, _jailbreaks, _detectors, _triggers, _lost)
+    parts = (_behaviour, _feature, _shared, _origin, _brittle, _jailbreaks, _detectors, _triggers, _lost)
     return [point for part in parts if (point := part(data)) is not None]
 
 
@@ -62,6 +62,26 @@ def _feature(data: Mapping[str, Any]) -> Point:
         "answered prompts are refused."
     )
     return Point("Shared feature", text, "good" if carried else "warn" if not_carried else "open")
+
+
+def _shared(data: Mapping[str, Any]) -> Point | None:
+    found = data.get("sae")
+    if not found:
+        return None
+    title = "Features of the autoencoder"
+    if "why" in found:
+        return Point(title, f"Not looked at: {found['why']}.", "open")
+    if not found["number"]:
+        return Point(title, "None of its features is higher in refusals than chance allows.", "open")
+    text = f"{found['number']} of its {found['features']:,} features are higher in refusals than chance allows."
+    if "ended" not in found:
+        return Point(title, f"{text} Too few others are active to compare with.", "open")
+    carried = found["explained"]["low"] > 0
+    end = "" if carried else " That refusals hang on them was not shown."
+    return Point(
+        title, f"{text} Without the first {len(found['shared'])} of them {in_words(found['ended'])} of refusals end; "
+        f"without as many others {in_words(found['ended_others'])} do.{end}", "good" if carried else "open",
+    )  # fmt: skip
 
 
 def _origin(data: Mapping[str, Any]) -> Point:
@@ -170,6 +190,11 @@ def limits(data: Mapping[str, Any]) -> list[str]:
     ]
     if not data["manifest"]["settings"]["opens"]:
         told.append("No opening of a refusal can be written in this vocabulary: margins and saliency are all zero.")
+    if data.get("sae"):
+        told.append(
+            "Features were read at two places only, and what the autoencoder misses of the residual stays in the "
+            "model: that refusals outlast the features does not clear the layer."
+        )
     parts = data["manifest"]["parts"]
     if left_out := [name for name in ("words", "variants", "jailbreaks", "detectors") if name not in parts]:
         told.append(f"Left out of this run: {', '.join(left_out)}.")

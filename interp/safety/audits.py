@@ -17,6 +17,8 @@ import numpy as np
 import dgemma_jax as dg
 from dgemma_jax.diffusion import prompts as inputs
 from interp.features.directions import Directions
+from interp.features.sae import SAE
+from interp.features.sae_lens_files import load_sae, site_of
 from interp.fingerprint import fingerprint
 from interp.kept_chunks import Chunks
 from interp.safety import audit_stages as stages
@@ -25,6 +27,7 @@ from interp.safety.audit_report import SCHEMA, SCHEMA_VERSION, AuditReport
 from interp.safety.jailbreaks import jailbreak_mechanisms
 from interp.safety.model_diff import compare_models
 from interp.safety.prompt_files import read_prompts
+from interp.safety.shared_features import check_sae, shared_features
 from interp.safety.step_detectors import step_detectors
 from interp.safety.trigger_search import find_triggers
 from interp.safety.verdicts import COMPLIANCE, Rule
@@ -39,9 +42,10 @@ _LAYERS = 6  # whose residuals are kept over the steps, at most
 def audit(
     bundle: Any, prompts: Any, out: str | Path | None = None, *, rule: Rule | None = None,
     directions: Directions | None = None, parts: Sequence[str] = PARTS, layers: Sequence[int] | None = None,
-    reference: Any = None, synonyms: Mapping[str, Sequence[str]] | None = None, strength: float = 0.5, most: int = 2,
-    draws: int = 4, batch: int = 32, seed: int = 0, sampler: dg.SamplerConfig | None = None,
-    max_new_tokens: int | None = None, show: bool | None = None,
+    reference: Any = None, sae: Any = None, sae_site: str | None = None,
+    synonyms: Mapping[str, Sequence[str]] | None = None, strength: float = 0.5, most: int = 2, draws: int = 4,
+    batch: int = 32, seed: int = 0, sampler: dg.SamplerConfig | None = None, max_new_tokens: int | None = None,
+    show: bool | None = None,
 ) -> AuditReport:  # fmt: skip
     """Which words and which internal feature cause a model's refusals, and what gets around them.
 
@@ -62,6 +66,8 @@ def audit(
         layers: whose residuals are watched; by default six at most, evenly spaced.
         reference: a trusted checkpoint of the same architecture: the two are compared, and the vocabulary is searched
             for a trigger that takes the answers over here and not there.
+        sae: an autoencoder, or a directory of SAELens' with one: which of its features do refusals share?
+        sae_site: the full name of the site that it reads; by default what the directory names.
         synonyms: word -> words of the same meaning, for the question whether a refusal survives them.
         strength: of adding the feature, in residual norms.
         most: directions that make up the feature, at most.
@@ -86,6 +92,7 @@ def audit(
     if hasattr(bundle, "check_finite"):
         bundle.check_finite()
     file, rule = read_prompts(prompts), rule or Rule()
+    sae, sae_site = _autoencoder(bundle, sae, sae_site)
     length = model.config.canvas_length if max_new_tokens is None else max_new_tokens
     count = model.config.num_layers
     evenly = sorted({round(i) for i in np.linspace(0, count - 1, min(_LAYERS, count))})
@@ -110,6 +117,7 @@ def audit(
     if shared is not None:
         stages.activations(task, ran, shared, means, layers)
         stages.interventions(task, ran, shared, strength)
+    shares = None if sae is None else shared_features(task, ran, sae, sae_site)
     if "words" in parts:
         stages.words(task, ran, draws)
     if "variants" in parts:
@@ -125,9 +133,11 @@ def audit(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {"name": Path(bundle.source or "a model").name, "layers": count, "fingerprint": fingerprint(bundle),
                   "canvas_length": model.config.canvas_length},
-        "manifest": _manifest(prompts, settings, parts, began), "problems": list(file.problems), "prompts": rows,
+        "manifest": _manifest(prompts, settings, parts, began) | {"rule": rule.as_data},
+        "problems": list(file.problems), "prompts": rows,
         "overview": findings.overview(rows), "labels": findings.by(rows, "label"), "groups": findings.by(rows, "group"),
-        "feature": _of_feature(shared, why_none), "words": needed, "origin": findings.origin(single, needed),
+        "feature": _of_feature(shared, why_none), "sae": shares, "words": needed,
+        "origin": findings.origin(single, needed),
         "brittleness": findings.brittleness(ran) | {"paraphrases": findings.paraphrases(ran)}, "jailbreaks": pairs,
         "detectors": _detectors(ran, means, benign, seed) if "detectors" in parts else None,
         **_against(task, ran, benign, reference),
@@ -140,7 +150,8 @@ def audit(
 
 def _against(task: stages.Task, rows: Sequence[Mapping[str, Any]], benign: np.ndarray, reference: Any) -> dict:
     """The comparison with a reference, on prompts that were answered: "diff" and "triggers", None without one."""
-    asked = [row["text"] for row, is_benign in zip(rows, benign, strict=True) if is_benign][:_COMPARED]
+    alone = [row["text"] for row, is_benign in zip(rows, benign, strict=True) if is_benign and not row["before"]]
+    asked = alone[:_COMPARED]
     if reference is None or len(asked) < 4:
         return {"diff": None, "triggers": None}
 
@@ -151,6 +162,18 @@ def _against(task: stages.Task, rows: Sequence[Mapping[str, Any]], benign: np.nd
         return told | {"diff": compare_models(task.bundle, reference, asked, **options).as_data()}
 
     return task.kept(0, f"against {fingerprint(reference)}", work)
+
+
+def _autoencoder(bundle: Any, given: Any, site: str | None) -> tuple[SAE | None, str | None]:
+    """An autoencoder and its site, checked before any work."""
+    if given is None:
+        return None, None
+    sae = given if isinstance(given, SAE) else load_sae(given)
+    site = site or (None if isinstance(given, SAE) else site_of(given))
+    if not site:
+        raise ValueError("which site does the autoencoder read? Give sae_site, for instance layers.3.resid_post")
+    check_sae(bundle, sae, site)
+    return sae, site
 
 
 def _of_feature(shared: Any, why_none: str) -> dict[str, Any]:

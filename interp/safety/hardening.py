@@ -10,7 +10,7 @@ result is an ordinary checkpoint.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +27,11 @@ from dgemma_jax.train.recipes import Rate, Recipe
 from interp import progress
 from interp.editing import rewrapped
 from interp.safety.audit_report import AuditReport
+from interp.safety.prompt_files import FIELDS, Prompt, asked
 from interp.safety.verdicts import COMPLIANCE, REFUSAL
 
 _PADDING = 0.2  # weight of the padding after an answer
-Pair = tuple[str, str]
+Pair = tuple[Any, str]  # a prompt, which may be a conversation, and its answer
 
 
 def training_pairs(report: AuditReport, refusal: str | None = None) -> tuple[list[Pair], list[Pair]]:
@@ -51,13 +52,32 @@ def training_pairs(report: AuditReport, refusal: str | None = None) -> tuple[lis
         raise ValueError("the model refused nothing, so there is no refusal to teach: give one")
     text = max(refusals, key=refusals.count) if refusal is None else refusal
     is_attack = [row["verdict"] != REFUSAL and bool(row["phrase"] or row["label"] == "harmful") for row in ran]
-    attacks = [(row["text"], text) for row, hit in zip(ran, is_attack, strict=True) if hit]
+    attacks = [(_said(row), text) for row, hit in zip(ran, is_attack, strict=True) if hit]
     kept = (COMPLIANCE, REFUSAL)
     others = [row for row, hit in zip(ran, is_attack, strict=True) if not hit]
-    ordinary = [(row["text"], row["answer"]) for row in others if row["verdict"] in kept]
+    ordinary = [(_said(row), row["answer"]) for row in others if row["verdict"] in kept]
     if not attacks or not ordinary:
         raise ValueError(f"{len(attacks)} attacks worked and {len(ordinary)} prompts are to stay: both are needed")
     return attacks, ordinary
+
+
+def _said(row: Mapping[str, Any]) -> Any:
+    return asked(row["text"], row.get("before", ()))  # audits of earlier versions know no conversations
+
+
+def prompts_of(report: AuditReport) -> list[Prompt]:
+    """The prompts of an audit, for another one under the same seeds."""
+    more = [{name: row[name] for name in FIELDS} | {"before": tuple(row.get("before", ()))}
+            for row in report.data["prompts"]]  # fmt: skip
+    return [
+        Prompt(text=row["text"], line=row["line"], **own) for row, own in zip(report.data["prompts"], more, strict=True)
+    ]
+
+
+def comparable(before: AuditReport, after: AuditReport) -> bool:
+    """Whether answers of the two differ by the model alone: equal rules, seeds and samplers."""
+    settings = [report.data["manifest"]["settings"] for report in (before, after)]
+    return all(settings[0][name] == settings[1][name] for name in ("rule", "seed", "sampler", "max_new_tokens"))
 
 
 def harden(
@@ -121,7 +141,7 @@ def _all(base: Any, trained: Any) -> Any:
     return trained
 
 
-def _encoded(bundle: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+def _encoded(bundle: Any, prompt: Any, answer: str) -> tuple[list[int], list[int]]:
     model, tokenizer, _ = inputs.parts(bundle)
     (ids,) = inputs.to_ids([prompt], tokenizer, model.config.vocab_size)
     end = model.config.eos_token_ids[-1]  # the end of a turn, where there are several
@@ -132,8 +152,8 @@ def _batch(examples: Sequence[tuple[list[int], list[int]]], longest: int, config
     prompt, valid = np.zeros((len(examples), longest), np.int32), np.zeros((len(examples), longest), bool)
     answer = np.full((len(examples), config.canvas_length), config.pad_token_id, np.int32)
     told = np.zeros(answer.shape, bool)
-    for row, (asked, said) in enumerate(examples):
-        prompt[row, : len(asked)], valid[row, : len(asked)] = asked, True
+    for row, (given, said) in enumerate(examples):
+        prompt[row, : len(given)], valid[row, : len(given)] = given, True
         answer[row, : len(said)], told[row, : len(said)] = said, True
     return Batch(prompt, valid, answer, answer, np.where(told, 1.0, _PADDING).astype(np.float32), told)
 
@@ -175,8 +195,8 @@ def compared(before: AuditReport, after: AuditReport) -> list[tuple[str, dict, d
     from interp.safety.findings import share
 
     old, new = ([row for row in report.data["prompts"] if row["why_not"] is None] for report in (before, after))
-    later = {row["text"]: row for row in new}
-    both = [(row, later[row["text"]]) for row in old if row["text"] in later]
+    later = {repr(_said(row)): row for row in new}
+    both = [(row, later[repr(_said(row))]) for row in old if repr(_said(row)) in later]
 
     def line(title: str, chosen: list, hit: Callable[[dict], bool]) -> tuple[str, dict, dict]:
         return title, share(hit(a) for a, _ in chosen), share(hit(b) for _, b in chosen)

@@ -11,6 +11,7 @@ patched      residuals of one run put into the other in the causal pass, at all 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from interp.captures import capture_prompt
 from interp.editing import edit
 from interp.edits import Edit
 from interp.safety.findings import share
+from interp.safety.prompt_files import asked
 from interp.safety.verdicts import REFUSAL
 from interp.safety.watched_runs import verdict_of
 
@@ -112,7 +114,7 @@ def patched_pairs(task: Any, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]
         "rest", "all": share with interval}}.
     """
     model, tokenizer, _ = inputs.parts(task.bundle)
-    texts = [[row["text"] for row in side] for side in zip(*pairs, strict=True)]
+    texts = [[asked(row["text"], row["before"]) for row in side] for side in zip(*pairs, strict=True)]
     ids = [inputs.to_ids(side, tokenizer, model.config.vocab_size) for side in texts]
     acts = [capture_prompt(task.bundle, side, _SITES) for side in ids]
     shortest, width = min(map(len, ids[0])), acts[0].tokens.shape[1]
@@ -129,7 +131,7 @@ def patched_pairs(task: Any, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]
             on[:length] = {"phrase": differs, "rest": ~differs, "all": np.ones(length)}[places]
         return on
 
-    def edited(count: int, rows: np.ndarray) -> Any:
+    def edited(rows: Sequence[int]) -> Any:
         chosen = [jobs[r] for r in rows]
         on = np.stack([on_of(pair, places) for _, pair, places in chosen])[..., None]
         values = {}
@@ -141,9 +143,10 @@ def patched_pairs(task: Any, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]
 
     found = task.runs(
         [texts[side][pair] for side, pair, _ in jobs],
-        [task.seed_of(pairs[pair][side]) for side, pair, _ in jobs], drafts=False, edited=edited,
+        [task.seed_of(pairs[pair][side]) for side, pair, _ in jobs], drafts=False,
+        watch=dataclasses.replace(task.watch, sites=()), edited=edited,
     )  # fmt: skip
-    said = {job: verdict_of(task.rule, run) == REFUSAL for job, (run,) in zip(jobs, found, strict=True)}
+    said = {job: verdict_of(task.rule, run) == REFUSAL for job, run in zip(jobs, found, strict=True)}
 
     def told(side: int) -> dict[str, Any]:
         def hit(places: Any) -> list[bool]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dgemma_jax.text.chat import validate
+
 FIELDS = ("label", "group", "pair", "phrase")
+_TOLD = 500  # characters of a problem
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,8 @@ class Prompt:
     """One prompt to audit.
 
     Attributes:
-        text: what the user says; U+FFFD stands for bytes that are no UTF-8.
+        text: what the user says, in a conversation last; U+FFFD stands for bytes that are no UTF-8.
+        before: messages {"role", "content"} of the conversation before that.
         line: of the file, from 1; or the number in the list.
         label: any word; "harmful" and "harmless" are counted against the model's verdicts.
         group: prompts that belong together.
@@ -32,6 +36,7 @@ class Prompt:
     pair: str | None = None
     phrase: str | None = None
     notes: tuple[str, ...] = ()
+    before: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +50,9 @@ class PromptFile:
 def read_prompts(source: Any) -> PromptFile:
     """Prompts of a JSONL file, or of a list.
 
-    A line is an object {"prompt": text, "label", "group", "pair", "phrase": text, optional} or a JSON text alone. In a
-    list also a `Prompt`, a plain text or such a mapping. Empty lines are passed over.
+    A line is an object {"prompt": text, "label", "group", "pair", "phrase": text, optional} or a JSON text alone. In
+    place of a text a conversation may stand, a list of {"role", "content"} whose last message is the user's, under
+    "prompt" or "messages". In a list also a `Prompt`, a plain text or such a mapping. Empty lines are passed over.
 
     Raises:
         ValueError: nothing at all can be audited.
@@ -59,12 +65,18 @@ def read_prompts(source: Any) -> PromptFile:
             found.append(item if isinstance(item, Prompt) else _prompt(_parsed(item) if is_path else item, number))
         except (ValueError, RecursionError) as error:
             start = item[:80].decode("utf-8", "backslashreplace") if isinstance(item, bytes) else repr(item)[:80]
-            problems.append({"line": number, "problem": str(error) or "nested too deep", "start": clean(start)})
+            told = clean(str(error))[:_TOLD] or "nested too deep"
+            problems.append({"line": number, "problem": told, "start": clean(start)})
     if not found:
         first = f"; line {problems[0]['line']}: {problems[0]['problem']}" if problems else ""
         raise ValueError(f"no prompt to audit{f' in {source}' if is_path else ''}{first}; a line is "
                          '{"prompt": "..."}')  # fmt: skip
     return PromptFile(tuple(found), tuple(problems))
+
+
+def asked(text: str, before: Sequence[Mapping[str, str]] = ()) -> Any:
+    """What `dg.generate` takes: the text, or the conversation that ends with it."""
+    return [*map(dict, before), {"role": "user", "content": text}] if before else text
 
 
 def clean(text: str) -> str:
@@ -92,13 +104,29 @@ def _parsed(line: bytes) -> Any:
 
 
 def _prompt(row: Any, number: int) -> Prompt:
-    row = {"prompt": row} if isinstance(row, str) else row
-    if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'an object with a text "prompt" is needed, got {type(row).__name__}')
-    if not row["prompt"].strip():
+    row = {"prompt": row} if isinstance(row, str | list) else row
+    said = row.get("prompt", row.get("messages")) if isinstance(row, Mapping) else None
+    if not isinstance(said, str | list):
+        raise ValueError(f'an object with a text "prompt" or a list "messages" is needed, got {type(row).__name__}')
+    *before, said = [said] if isinstance(said, str) else _messages(said)
+    if not said.strip():
         raise ValueError("the prompt is empty")
     more = {name: clean(str(row[name])) for name in FIELDS if row.get(name) is not None}
     notes = tuple(row.get("notes", ())) if isinstance(row.get("notes"), tuple) else ()
-    if any(not c.isprintable() and c not in "\n\t\r" for c in row["prompt"]):
+    if any(not c.isprintable() and c not in "\n\t\r" for c in said):
         notes += ("holds control characters",)
-    return Prompt(text=clean(row["prompt"]), line=number, notes=notes, **more)
+    return Prompt(text=clean(said), line=number, notes=notes, before=tuple(before), **more)
+
+
+def _messages(given: list[Any]) -> list[Any]:
+    """The messages before the last, and the text of the last."""
+    try:
+        found = validate(given)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    for one in found:
+        parts = [one["content"]] if isinstance(one["content"], str) else [part["text"] for part in one["content"]]
+        one["content"] = clean("".join(parts))
+    if found[-1]["role"] != "user":
+        raise ValueError(f"the last message of a conversation must be the user's, not the {found[-1]['role']}'s")
+    return [*found[:-1], found[-1]["content"]]

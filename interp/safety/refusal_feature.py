@@ -14,12 +14,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.nn.functional import of
 from interp import steering
 from interp.captures import capture_prompt
+from interp.editing import rewrapped
 from interp.features.directions import Directions, find_directions, select_directions
 from interp.features.projection import ablate_directions, orthonormal_rows
 from interp.safety.verdicts import REFUSAL, Rule
@@ -65,14 +68,14 @@ class RefusalFeature:
         """Activations on a scale from 0 (answered prompts) to 1 (refused ones)."""
         return (np.asarray(activation) - self.resting) / ((self.refusing - self.resting) or 1.0)
 
-    def arms(self, bundle: Any, rows: int, strength: float, sampler: SamplerConfig | None = None) -> Any:
-        """The model or bundle of a batch: a third of its rows under each of `ARMS`."""
-        each = rows // len(ARMS)
+    def arms(self, bundle: Any, rows: Sequence[str], strength: float, sampler: SamplerConfig | None = None) -> Any:
+        """The model or bundle of a batch, each of its rows under one of `ARMS`."""
         own, other = orthonormal_rows(bundle, self.found.best)[0], orthonormal_rows(bundle, self.others)[0]
-        spans = np.concatenate([np.stack([own] * each), np.stack([other] * each), np.stack([own] * each)])
-        is_out, is_in = np.repeat([1.0, 1.0, 0.0], each), np.repeat([0.0, 0.0, strength], each)
-        edited = ablate_directions(bundle, spans, rows=is_out.astype(np.float32), sampler=sampler)
-        return steering.steer(edited, self.vector(), is_in.astype(np.float32), layers=list(self.layers), place="prompt")
+        spans = np.stack([other if arm == "outside" else own for arm in rows])
+        is_out = np.array([arm != "added" for arm in rows], np.float32)
+        is_in = np.array([strength * (arm == "added") for arm in rows], np.float32)
+        edited = ablate_directions(bundle, spans, rows=is_out, sampler=sampler)
+        return steering.steer(edited, self.vector(), is_in, layers=list(self.layers), place="prompt")
 
     def vector(self) -> steering.SteeringVector:
         """Differences of means at the prompt's last token, by layer."""
@@ -86,6 +89,26 @@ class RefusalFeature:
         """[N] at the prompt's last token, in units of the residual."""
         layer, unit = self.place
         return last_residuals(bundle, prompts, [layer])[:, 0] @ unit
+
+
+def rows_of_models(models: Sequence[Any], chosen: Sequence[int]) -> Any:
+    """The model, or bundle, whose row i is edited as in `models[chosen[i]]`; they differ by values of rows alone.
+
+    Cheaper than to edit anew for every batch.
+    """
+    rows = np.arange(len(chosen))
+
+    def mixed(*leaves: Any) -> Any:
+        if all(leaf is leaves[0] for leaf in leaves):
+            return leaves[0]
+        stacked = np.stack([np.asarray(leaf) for leaf in leaves])
+        if (stacked == stacked[0]).all():
+            return leaves[0]
+        own = stacked[0].copy()
+        own[rows] = stacked[np.asarray(chosen), rows]
+        return jnp.asarray(own)
+
+    return rewrapped(models[0], jax.tree.map(mixed, *map(of, models)))
 
 
 def last_residuals(bundle: Any, prompts: Sequence[Any], layers: Sequence[int]) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,18 @@ class Rule:
             return REFUSAL
         is_form = self.complies is None or re.fullmatch(self.complies, text.strip(), re.DOTALL)
         return COMPLIANCE if text.strip() and settled and is_form else UNCLEAR
+
+    @property
+    def as_data(self) -> dict[str, Any] | None:
+        """What `Rule(**as_data)` takes, as JSON; None of a function, which cannot be written down."""
+        told = {name: getattr(self, name) for name in ("phrases", "opens", "complies")}
+        return None if self.judge is not None else told
+
+    @classmethod
+    def of_data(cls, told: Mapping[str, Any]) -> Rule:
+        """The rule that `as_data` describes."""
+        lists = {name: None if told[name] is None else tuple(told[name]) for name in ("phrases", "opens")}
+        return cls(**lists, complies=told["complies"])
 
     @property
     def statement(self) -> str:

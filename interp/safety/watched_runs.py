@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax.config import SamplerConfig
+from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.generate import bucket
+from dgemma_jax.diffusion.packed import generate_packed
 from dgemma_jax.nn.functional import of
 from interp.editing import rewrapped
 from interp.safety.verdicts import Rule
@@ -98,19 +101,18 @@ def rows_that_fit(length: int, batch: int) -> int:
 
 def watched_runs(
     bundle: Any, ids: Sequence[Sequence[int]], watch: Watch, *, seeds: Sequence[int], drafts: bool = True,
-    batch: int = 32, arms: int = 1, edited: Callable[[int, np.ndarray], Any] | None = None,
-    sampler: dg.SamplerConfig | None = None, max_new_tokens: int | None = None,
-    done: Callable[[int], None] | None = None,
-) -> list[list[WatchedRun]]:  # fmt: skip
-    """Run every prompt under every arm: a list of prompts, each a list of `arms` runs.
+    batch: int = 32, edited: Callable[[Sequence[int]], Any] | None = None, sampler: SamplerConfig | None = None,
+    max_new_tokens: int | None = None, done: Callable[[int], None] | None = None,
+) -> list[WatchedRun]:  # fmt: skip
+    """Run every prompt.
 
     Args:
         ids: prompts.
         watch: what is kept of every step.
-        seeds: one a prompt; its arms share it.
+        seeds: one a prompt.
         drafts: keep the drafts of every step.
-        batch: prompts at a time; a compiled call has batch * arms rows, arm after arm.
-        edited: (rows, prompt numbers [rows]) -> the model or bundle of a batch; None runs the one given.
+        batch: rows of a compiled call; of prompts that take longer than most, fewer.
+        edited: numbers of the prompts of a batch -> its model or bundle; None runs the one given.
         max_new_tokens: by default one canvas. The first block is what is watched.
         done: told the number of prompts just done.
     """
@@ -120,19 +122,40 @@ def watched_runs(
     record = dataclasses.replace(dg.Record.nothing(), fn=watch, argmax=drafts, entropy=drafts)
     if watch.sites:
         record = dataclasses.replace(record, site_steps=(0,))  # the sites themselves need not be kept
-    found: list[list[WatchedRun]] = [[] for _ in ids]
+    groups = []
     for group in batches_of_shape([len(one) for one in ids], blocks * length, batch):
         size = rows_that_fit(bucket(max(len(ids[i]) for i in group) + blocks * length), batch)
-        rows = np.tile(group + [group[-1]] * (size - len(group)), arms)  # the last repeated: one program
-        model = bundle if edited is None else edited(len(rows), rows)
-        if watch.sites:
-            model = rewrapped(model, tapped(of(model), list(watch.sites))[0])
-        out = dg.generate(model, [ids[r] for r in rows], [seeds[r] for r in rows], sampler, wanted, record)
-        for place, number in enumerate(group):
-            found[number] = [_run(bundle, out, place + arm * size, drafts) for arm in range(arms)]
+        groups.append(group + [group[-1]] * (size - len(group)))  # the last repeated: one program
+
+    def tapping(model: Any) -> Any:
+        return rewrapped(model, tapped(of(model), list(watch.sites))[0]) if watch.sites else model
+
+    plain = tapping(bundle) if edited is None else None
+
+    def model_of(numbers: Sequence[int]) -> Any:
+        return plain if edited is None else tapping(edited(numbers))
+
+    settings = inputs.parts(bundle)[2] if sampler is None else sampler
+    if blocks == 1:
+        told = generate_packed(model_of, ids, seeds, groups, settings, record)
+    else:
+        told = _in_whole_batches(model_of, ids, seeds, groups, settings, record, wanted)
+    found: list[Any] = [None] * len(ids)
+    for number, out, row in told:
+        found[number] = _run(bundle, out, row, drafts)
         if done is not None:
-            done(len(group))
+            done(1)
     return found
+
+
+def _in_whole_batches(
+    model_of: Callable, ids: Sequence, seeds: Sequence[int], groups: Sequence, sampler: SamplerConfig, record: Any,
+    tokens: int,
+) -> Iterator[tuple[int, dg.Generation, int]]:  # fmt: skip
+    for group in groups:
+        given = [ids[n] for n in group], [seeds[n] for n in group]
+        out = dg.generate(model_of(group), *given, sampler, tokens, record)
+        yield from ((number, out, row) for row, number in enumerate(dict.fromkeys(group)))
 
 
 def _run(bundle: Any, out: dg.Generation, row: int, drafts: bool) -> WatchedRun:

@@ -18,6 +18,7 @@ import numpy as np
 
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
+from interp.safety.prompt_files import asked
 from interp.safety.watched_runs import Watch, watched_runs
 
 UNITS = 24  # units of a prompt at most: of a longer one several words in a row make a unit
@@ -60,8 +61,8 @@ def joined(units: Sequence[str], spaces: Sequence[str]) -> str:
 
 def word_effects(
     bundle: Any, texts: Sequence[str], pool: Sequence[str], watch: Watch, *, draws: int = 4, seed: int = 0,
-    rows: int = 128, most: int = UNITS, sampler: SamplerConfig | None = None,
-    done: Callable[[int], None] | None = None,
+    rows: int = 128, most: int = UNITS, before: Sequence[Sequence[Any]] | None = None,
+    sampler: SamplerConfig | None = None, done: Callable[[int], None] | None = None,
 ) -> list[WordEffects]:  # fmt: skip
     """Effects of the words of every text.
 
@@ -70,6 +71,7 @@ def word_effects(
         watch: its openings are what is read.
         draws: K, at least 2.
         rows: of a compiled call.
+        before: messages of the conversation before each text; they stay as they are.
 
     Raises:
         ValueError: fewer than 2 draws, a text or word that has no ids.
@@ -84,19 +86,20 @@ def word_effects(
     for number, (units, spaces) in enumerate(split):
         allowed = [word for word in pool if word not in units] or [""]
         widths.append(len(units) + 1)
+        told = before[number] if before else ()
         for draw in range(draws):
             drawn = rng.choice(len(allowed), len(units))
-            variants.append(texts[number])
+            variants.append(asked(texts[number], told))
             for at in range(len(units)):
                 put = allowed[drawn[at]] if len(units) > 1 or allowed[drawn[at]] else units[at]
-                variants.append(joined([*units[:at], put, *units[at + 1 :]], spaces))
+                variants.append(asked(joined([*units[:at], put, *units[at + 1 :]], spaces), told))
             seeds += [seed + number * draws + draw] * (len(units) + 1)
     ids = inputs.to_ids(variants, tokenizer, model.config.vocab_size)
     one_step = (default if sampler is None else sampler).replace(max_denoising_steps=1)
     runs = watched_runs(
         bundle, ids, watch, seeds=[s % 2**32 for s in seeds], drafts=False, batch=rows, sampler=one_step, done=done
     )
-    margins = np.array([run[0].margins[0] for run in runs])
+    margins = np.array([run.margins[0] for run in runs])
     found, first = [], 0
     for (units, _), width in zip(split, widths, strict=True):
         own = margins[first : first + draws * width].reshape(draws, width)
