@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgemma_jax import weights
+from dgemma_jax import memory, weights
 from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.nn import quantized, transformer
 from dgemma_jax.weights import finite, hf, hub, orbax, problems, registry, settings, sharding
@@ -126,7 +126,8 @@ def load(
         progress: a bar; None shows it for a gigabyte or more.
 
     Raises:
-        ValueError: nothing is found there, or it does not fit; the message lists all that is wrong.
+        ValueError: nothing is found there, or it does not fit; the message lists all that is wrong. The weights are
+            larger than the devices' memory, where these say how much they have.
     """
     wanted = None if dtype is None else float_dtype(dtype)
     quantized.check_form(quantize)
@@ -141,6 +142,7 @@ def load(
         wanted = float_dtype(packed["dtype"])
     if wanted is None:
         wanted = orbax.stored_dtype(directory) if is_orbax else hf.stored_dtype(hf.find(directory))
+    memory.check_load(config, (packed or {}).get("form") or quantize or wanted.name, mesh)
     target = sharding.on_mesh(transformer.abstract(config, wanted), mesh)
     if packed:
         target = quantized.quantized(target, packed["form"])

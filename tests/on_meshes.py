@@ -3,15 +3,11 @@
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import AxisType
 
 import dgemma_jax as dg
-import interp
 from dgemma_jax.nn.transformer import initialize
-from dgemma_jax.weights import tree as trees
 
 LAYERS = ("sliding_attention", "full_attention")
 EVEN = dg.ModelConfig.tiny(num_experts=8, layer_types=LAYERS)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgemma_jax import memory
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import loop, noise
 from dgemma_jax.diffusion import prompts as inputs
@@ -131,7 +132,7 @@ def generate(
 
     Raises:
         ValueError: before any work, for an empty prompt, ids outside the vocabulary, more tokens than the
-            context holds, arrays of a wrong shape, non-finite weights.
+            context holds, arrays of a wrong shape, non-finite weights, too little memory.
     """
     run = _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
     return _run(run, loop.compiled, callback, callback_every)
@@ -210,6 +211,7 @@ def _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinne
         raise ValueError("pinned says which positions of canvas stay; give canvas too")
     if canvas is not None:
         functional.check_tokens(canvas, config.vocab_size, "canvas")
+    memory.check_generate(model, rows, bucket(longest))
     if hasattr(bundle, "check_finite"):
         bundle.check_finite()
 

@@ -7,6 +7,7 @@ they are laid over `data`. XLA decides where the rest lies, by the weights (`wei
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -46,18 +47,33 @@ def rows(tree: Tree, mesh: Mesh | None, axis: int = 0) -> Tree:
     return jax.tree.map(lay, tree)
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any, mesh: Mesh | None) -> kv.KVCache:
-    """`nn.cache.empty`, made where it will lie: rows along `data`, key heads along `tensor`, if these divide them."""
-    make = functools.partial(kv.empty, config, batch, capacity, dtype)
-    if mesh is None:
-        return make()
+def by_rows(fn: Callable[[jax.Array], Any], mesh: Mesh | None) -> Callable[[jax.Array], Any]:
+    """The function of an array [B, ...], run on each device for its own rows; as it is if rows do not divide."""
 
-    def lies(x: jax.ShapeDtypeStruct) -> NamedSharding:
-        axes = ("data", "tensor")[: x.ndim if x.ndim < 2 else 2]
-        spec = [axis if axis in mesh.shape and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, x.shape)]
+    def run(x: jax.Array) -> Any:
+        if ways(mesh) == 1 or x.shape[0] % ways(mesh):
+            return fn(x)
+        row = PartitionSpec("data")
+        return jax.shard_map(fn, mesh=mesh, in_specs=row, out_specs=row, axis_names={"data"}, check_vma=False)(x)
+
+    return run
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any, mesh: Mesh | None) -> kv.KVCache:
+    """`nn.cache.empty`, made where it will lie."""
+    make = functools.partial(kv.empty, config, batch, capacity, dtype)
+    return make() if mesh is None else jax.jit(make, out_shardings=cache_shardings(jax.eval_shape(make), mesh))()
+
+
+def cache_shardings(cache: kv.KVCache, mesh: Mesh) -> kv.KVCache:
+    """Where keys and values lie: rows along `data`, key heads along `tensor`, where these divide them."""
+
+    def lies(x: Any) -> NamedSharding:
+        sizes = zip(("data", "tensor"), x.shape, strict=False)
+        spec = [axis if axis in mesh.shape and n % mesh.shape[axis] == 0 else None for axis, n in sizes]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.jit(make, out_shardings=jax.tree.map(lies, jax.eval_shape(make)))()
+    return jax.tree.map(lies, cache)
 
 
 def spans_processes(mesh: Mesh | None) -> bool:

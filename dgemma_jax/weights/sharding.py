@@ -7,7 +7,7 @@ not divide (two key heads over eight devices), is whole on each device. `check` 
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -43,27 +43,31 @@ def check(mesh: Mesh, config: ModelConfig | None = None) -> Mesh:
     """The mesh with axes that XLA partitions by itself (`jax.make_mesh` makes others unless told).
 
     Raises:
-        ValueError: an axis other than `data`, `expert` and `tensor`; `expert` does not divide the experts; `tensor`
-            divides nothing of the model.
+        ValueError: an axis other than `data`, `expert` and `tensor`; or `check_sizes`.
     """
     unknown = sorted(set(mesh.axis_names) - set(AXES))
     if unknown:
         raise ValueError(f"the mesh has the axes {unknown}; name each axis one of {list(AXES)}")
     if config is not None:
-        experts, count = mesh.shape.get("expert", 1), config.num_experts
-        if count % experts:
-            fit = [n for n in range(1, count + 1) if count % n == 0]
-            raise ValueError(f"the axis expert has {experts} devices, which does not divide {count} experts; give it "
-                             f"one of {fit}, or lay the devices along tensor or data")  # fmt: skip
-        tensor = mesh.shape.get("tensor", 1)
-        sizes = {"vocabulary": config.vocab_size, "heads": config.num_heads, "hidden units": config.hidden_dim,
-                 "experts": config.num_experts}  # fmt: skip
-        if all(size % tensor for size in sizes.values()):
-            fit = [n for n in range(2, 65) if math.gcd(*sizes.values()) % n == 0]
-            told = ", ".join(f"{size} {name}" for name, size in sizes.items())
-            raise ValueError(f"the axis tensor has {tensor} devices, which divides none of {told}: every weight would "
-                             f"be whole on each device; what divides all of them is {fit or 'nothing'}")  # fmt: skip
+        check_sizes(mesh.shape, config)
     return Mesh(mesh.devices, mesh.axis_names)
+
+
+def check_sizes(axes: Mapping[str, int], config: ModelConfig) -> None:
+    """Raise a `ValueError` if `expert` does not divide the experts, or `tensor` divides nothing of the model."""
+    experts, count = axes.get("expert", 1), config.num_experts
+    if count % experts:
+        fit = [n for n in range(1, count + 1) if count % n == 0]
+        raise ValueError(f"the axis expert has {experts} devices, which does not divide {count} experts; give it one "
+                         f"of {fit}, or lay the devices along tensor or data")  # fmt: skip
+    tensor = axes.get("tensor", 1)
+    sizes = {"vocabulary": config.vocab_size, "heads": config.num_heads, "hidden units": config.hidden_dim,
+             "experts": config.num_experts}  # fmt: skip
+    if all(size % tensor for size in sizes.values()):
+        fit = [n for n in range(2, 65) if math.gcd(*sizes.values()) % n == 0]
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"the axis tensor has {tensor} devices, which divides nothing ({told}): every weight would be "
+                         f"whole on each device; what divides all of them: {fit or 'no number'}")  # fmt: skip
 
 
 def shardings(tree: Any, mesh: Mesh) -> dict[trees.Path, NamedSharding]:
@@ -72,22 +76,31 @@ def shardings(tree: Any, mesh: Mesh) -> dict[trees.Path, NamedSharding]:
     Experts lie along `expert` and `tensor` together if both divide them, else along one of the two.
     """
     mesh = check(mesh)
-    return {path: NamedSharding(mesh, _spec(path, leaf.shape, mesh)) for path, leaf in trees.leaves(tree).items()}
+    leaves = trees.leaves(tree)
+    return {path: NamedSharding(mesh, PartitionSpec(*_spec(path, x.shape, mesh.shape))) for path, x in leaves.items()}
 
 
-def _spec(path: trees.Path, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def shapes(tree: Any, axes: Mapping[str, int]) -> dict[trees.Path, tuple[int, ...]]:
+    """The shape of what one device holds of every leaf, by its path; of a mesh only the sizes of its axes are asked."""
+    found = {}
+    for path, leaf in trees.leaves(tree).items():
+        parts = [math.prod(axes[name] for name in names) for names in _spec(path, leaf.shape, axes)]
+        found[path] = tuple(n // k for n, k in itertools.zip_longest(leaf.shape, parts, fillvalue=1))
+    return found
+
+
+def _spec(path: trees.Path, shape: tuple[int, ...], axes: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The axes of the mesh that each dimension is split over: as many devices as divide it."""
     owner = path[:-1] if path[-1] in _PACKED else path  # a scale of size one along an axis is not split there
-    axes = _SPLIT.get(owner[-2:], ())
-    return PartitionSpec(*[_along(axis, size, mesh) for axis, size in zip(axes, shape, strict=False)])
+    return [_along(axis, size, axes) for axis, size in zip(_SPLIT.get(owner[-2:], ()), shape, strict=False)]
 
 
-def _along(axis: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
-    """The axes of the mesh that a dimension is split over: as many devices as divide it."""
+def _along(axis: str | None, size: int, axes: Mapping[str, int]) -> tuple[str, ...]:
     choices = [("expert", "tensor"), ("expert",), ("tensor",)] if axis == "expert" else [(axis,)]
     for names in choices:
-        if all(name in mesh.shape for name in names) and size % math.prod(mesh.shape[name] for name in names) == 0:
-            return names[0] if len(names) == 1 else names
-    return None
+        if all(name in axes for name in names) and size % math.prod(axes[name] for name in names) == 0:
+            return names
+    return ()
 
 
 def on_mesh(model: Model, mesh: Mesh | None) -> Model:
@@ -95,8 +108,9 @@ def on_mesh(model: Model, mesh: Mesh | None) -> Model:
 
     Experts on several devices run in the dense form, each device its own: the others would gather the weights.
     """
-    known = copy.copy(jax.tree.map(lambda leaf: leaf, model))
-    known.mesh = mesh
+    known = jax.tree.map(lambda leaf: leaf, model)
+    for owner in (known, *(layer.router for layer in known.layers)):
+        owner.mesh = mesh
     split = mesh is not None and any(mesh.shape.get(axis, 1) > 1 for axis in ("expert", "tensor"))
     if split and known.moe == "auto":
         known.moe = "dense"
@@ -109,10 +123,3 @@ def placed(model: Model, mesh: Mesh) -> Model:
     mesh = next(iter(where.values())).mesh
     lying = {path: jax.device_put(leaf, where[path]) for path, leaf in trees.leaves(model).items()}
     return on_mesh(trees.replace(model, lying), mesh)
-
-
-def bytes_on_each(tree: Any, mesh: Mesh | None) -> dict[trees.Path, tuple[tuple[int, ...], Any]]:
-    """Shape and dtype of what one device holds of every leaf, abstract or real, by its path."""
-    where = {} if mesh is None else shardings(tree, mesh)
-    leaves = trees.leaves(tree)
-    return {p: (where[p].shard_shape(x.shape) if p in where else x.shape, x.dtype) for p, x in leaves.items()}

@@ -10,7 +10,7 @@ The directory of a study:
 | summary.json, summary.txt, figures/*.png | what is made of them |
 
 Which rows make a batch depends on the prompts and settings alone, and a file is there whole or not at all. A study
-that was killed and run again leaves the same bytes as one that was not.
+that was killed and run again leaves the same bytes as one that was not, and so does one that many hosts made.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dgemma_jax.diffusion import prompts as inputs
 from interp.progress import bar
 from interp.questions import GRADERS
 from interp.studies import batches, columns, manifest, statistics_table
+from interp.studies.hosts import Share
 from interp.studies.prompt_files import StudyPrompt, StudyPrompts
 from interp.studies.results import ROWS, Study
 
@@ -45,7 +46,7 @@ def study(
     name: str, bundle: Any, prompts: Any, out: str | Path, *, seeds: int = 1, seed: int = 0,
     sampler: dg.SamplerConfig | None = None, max_new_tokens: int = 256, batch: int | None = None,
     grade: str = "exact", monitors: Mapping[str, str] | None = None, thinking: bool = False,
-    progress: bool | None = None,
+    hosts: int | None = None, host: int | None = None, progress: bool | None = None,
 ) -> Study:  # fmt: skip
     """Generate an answer to every prompt and keep statistics of how each came about.
 
@@ -60,6 +61,8 @@ def study(
         batch: generations at a time; by default what fits.
         grade: how an answer is met, "exact" or "contains"; prompts without answer are not graded.
         monitors: regular expressions by name, for the statistic "monitorability"; by default a probe.
+        hosts, host: of how many this is which, all with the same `out`, see `interp.studies.hosts`; by default as
+            `jax.distributed` says. The host that comes last gives the whole study, others what is there by then.
         progress: a bar; by default in a terminal.
 
     Raises:
@@ -70,6 +73,7 @@ def study(
         raise ValueError(f"needed are seeds >= 1, batch >= 1, grade of {', '.join(GRADERS)}; got {seeds=}, {batch=}, "
                          f"{grade=}")  # fmt: skip
     out = Path(out)
+    share = Share.of(bundle, hosts, host)
     arms = next(iter(chosen.values())).arms
     given, ids = _usable(bundle, StudyPrompts.of(prompts), arms, max_new_tokens, thinking)
     rows = [
@@ -77,34 +81,55 @@ def study(
         for n in range(seeds)
     ]  # fmt: skip
     sampler = inputs.parts(bundle)[2] if sampler is None else sampler
-    size = min(len(rows), batches.that_fit(bundle) if batch is None else batch)
+    size = batches.that_fit(bundle, len(rows)) if batch is None else min(len(rows), batch)
     settings = {
         "statistics": list(chosen), "seeds": seeds, "seed": seed, "max_new_tokens": max_new_tokens, "batch": size,
         "grade": grade, "monitors": dict(monitors or {}), "thinking": thinking,
     }  # fmt: skip
     about = manifest.described(bundle, given, sampler, settings)
-    manifest.claim(out, about)
-    manifest.clear(out)
+    if share.writes:
+        manifest.claim(out, about)
     if not (out / ROWS).exists():
         record = statistics_table.record_for(bundle, chosen.values())
         plan = batches.planned([len(row.ids) for row in rows], size)
-        (out / "parts").mkdir(exist_ok=True)
-        with bar(f"study {name}", len(rows), progress, "generations") as done:
-            for number, own in enumerate(plan):
-                path = out / "parts" / f"{number:05d}.npz"
-                if not path.exists():
+        paths = [out / "parts" / f"{number:05d}.npz" for number in range(len(plan))]
+        mine, absent = share.mine(range(len(plan))), share.absent(paths)
+        if share.writes:
+            manifest.clear(out, None if share.hosts == 1 else mine)
+            (out / "parts").mkdir(exist_ok=True)
+        with bar(f"study {name}", sum(len(plan[number]) for number in mine), progress, "generations") as done:
+            for number in mine:
+                own = plan[number]
+                if number in absent:
                     part = [rows[i] for i in batches.filled(own, size)]
                     made = dg.generate(
                         bundle, [row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record
                     )  # fmt: skip
-                    found = _said(part, made, grade) | statistics_table.measured(bundle, made, chosen.values())
-                    columns.write(path, {name: values[: len(own)] for name, values in found.items()})
+                    if share.writes:
+                        found = _said(part, made, grade) | statistics_table.measured(bundle, made, chosen.values())
+                        columns.write(paths[number], {name: v[: len(own)] for name, v in found.items()})
                 done(len(own))
-        parts = [columns.read(out / "parts" / f"{number:05d}.npz") for number in range(len(plan))]
-        columns.write(out / ROWS, columns.joined(parts, np.argsort(np.concatenate(plan))))
+        share.meet()
+        there = [number for number in range(len(plan)) if paths[number].exists()]
+        is_last = share.together or len(there) == len(plan) or (out / ROWS).exists()  # or just joined
+        if not is_last:
+            return _so_far(about, [paths[n] for n in there], [plan[n] for n in there], len(rows))
+        if share.writes and not (out / ROWS).exists():
+            parts = [columns.read(path) for path in paths]
+            columns.write(out / ROWS, columns.joined(parts, np.argsort(np.concatenate(plan))))
+        share.meet()
     found = Study.load(out)
-    found.save(out)
+    if share.writes:
+        found.save(out)
     return found
+
+
+def _so_far(about: dict[str, Any], paths: list[Path], plan: list[np.ndarray], count: int) -> Study:
+    """The study of the rows that hosts have made by now, in the order of the prompts."""
+    nothing: columns.Columns = {"id": [], "group": [], "arm": [], "seed": np.zeros(0, int), "right": np.zeros(0)}
+    order = np.argsort(np.concatenate(plan)) if plan else np.zeros(0, int)
+    rows = columns.joined([columns.read(path) for path in paths], order) if paths else nothing
+    return Study(rows, about, missing=count - len(order))
 
 
 def _said(part: list[_Row], made: dg.Generation, grade: str) -> columns.Columns:
