@@ -202,7 +202,7 @@ def _proposed(
         if need.weights < now and need.total <= room:
             found.append(f"quantize={other!r} needs {amount(need.total)}" if other in FORMS
                          else f"dtype={other!r} needs {amount(need.total)}")  # fmt: skip
-    for axis in ("expert", "tensor"):
+    for axis in ("expert", "tensor", *(["data"] if batch > 1 else [])):
         for size in (2, 4, 8, 16):
             wide = jax.sharding.AbstractMesh((size,), (axis,))
             try:

@@ -7,6 +7,8 @@ import numpy as np
 from jax.sharding import AxisType
 
 import dgemma_jax as dg
+import interp
+from dgemma_jax.bench import collectives
 from dgemma_jax.nn.transformer import initialize
 
 LAYERS = ("sliding_attention", "full_attention")
@@ -67,6 +69,44 @@ def rows():
     for x in (moment.state.soft, moment.state.canvas, moment.cache.layers[0].k):
         assert x.addressable_shards[0].data.shape[0] == 1, x.sharding
     assert moment.cache.layers[0].k.addressable_shards[0].data.shape[1] == 1, "key heads lie along tensor"
+
+
+def studies():
+    """What `interp` makes of a step: captures, sweeps, estimates by gradients, knock-outs, saliency."""
+    one = bundle(EVEN)
+    many = one.on(mesh(data=2, expert=2, tensor=2))
+    metric = interp.LogitDifference(positions=2, tokens=7, others=8)
+    clean, corrupt = [[5, 6], [7, 8]], [[5, 9], [7, 3]]
+    site, few = "layers.1.resid_post", dict(steps=[1], positions=[0, 3, 4])
+    for ask in [
+        lambda b: interp.capture(b, PROMPTS, site, steps=[0, 1]).arrays,
+        lambda b: interp.patch_sweep(b, clean, corrupt, metric, site, **few).effects,
+        lambda b: interp.attribution_patching(b, clean, corrupt, metric, site, **few).effects,
+        lambda b: interp.knock_out(b, clean, metric, "mlp", steps=[1]).effects,
+        lambda b: interp.saliency(b, PROMPTS[2], metric, budget=30, draws=2, rows_at_once=8).scores,
+    ]:
+        same(ask(one), ask(many), 2e-5)
+        print("equal")
+
+
+def steps():
+    """What devices tell each other in a step: sums after attention and after the feed-forwards, nothing along `data`."""
+    sizes = dict(num_experts=8, num_heads=8, num_kv_heads=8, num_global_kv_heads=2, vocab_size=4096)
+    config = dg.ModelConfig.tiny(**sizes, layer_types=LAYERS)
+    size = 8 * config.canvas_length * config.embed_dim * 4  # bytes of one activation [B, C, D]
+
+    def of(**axes):
+        return collectives.of_step(config, mesh(**axes), rows=8, dtype="float32")
+
+    assert of(data=8) == []
+    assert [(one.kind, one.nbytes) for one in of(expert=8)] == [("all-reduce", size)] * len(LAYERS)
+    for axes in (dict(tensor=8), dict(expert=4, tensor=2)):
+        found = of(**axes)
+        assert max(one.nbytes for one in found if one.kind != "all-reduce") <= size, axes  # no weights, no logits
+        dots = [one for one in found if any(rule in one.where for rule in ("->btd", "->td"))]
+        assert {one.kind for one in dots} == {"all-reduce"}
+        assert sum(one.nbytes for one in dots) == 3 * len(LAYERS) * size  # attention, MLP, experts
+        print(axes, collectives.table(found), sep="\n")
 
 
 if __name__ == "__main__":
