@@ -68,6 +68,13 @@ def start_hosts(args: argparse.Namespace) -> None:
         hosts.start(*told)
 
 
+def speaks() -> bool:
+    """Whether this is the process that prints, where several run one generation."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Reads "1,2,4"; an empty text is an empty list."""
 

@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
             callback=watch,
         )  # fmt: skip
     seconds = time.perf_counter() - began
+    if not common.speaks():
+        return
     print(json.dumps(as_json(out)) if args.json else out.texts[0])
     print(summary(out, seconds), file=sys.stderr)
 
