@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgemma_jax import weights
+from dgemma_jax import memory, weights
 from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.nn import placement, quantized, transformer
 from dgemma_jax.weights import finite, hf, hub, orbax, problems, registry, settings, sharding
@@ -49,6 +49,10 @@ class Bundle:
     def with_sampler(self, sampler: SamplerConfig | None = None, **changes: Any) -> Bundle:
         """The same bundle with another sampler, or some of its options changed."""
         return dataclasses.replace(self, sampler=(sampler or self.sampler).replace(**changes))
+
+    def on(self, mesh: jax.sharding.Mesh) -> Bundle:
+        """The same bundle laid over a mesh, as `load(mesh=)` does: all that takes it then runs there."""
+        return self.with_model(sharding.placed(self.model, sharding.check(mesh, self.config)))
 
     def quantized(self, form: str) -> Bundle:
         """The same bundle with its large weights in "int8", "int4" or "fp8"; see `nn.quantized`."""
@@ -117,7 +121,9 @@ def load(
         source: an embedded model ("nano"), a directory in the layout of Hugging Face or Orbax (this package's or
             Google's), or a hub id, which is downloaded once.
         dtype: "bfloat16", "float32" or "float16"; None keeps what is stored.
-        mesh: spreads the weights over its axes, any of "data", "expert" and "tensor".
+        mesh: lays weights along its axes "expert" and "tensor" and rows of a batch along "data" (any of the three);
+            each process reads its own part of the files. See `weights.sharding`. The model knows its mesh: whatever
+            takes the bundle runs there.
         quantize: "int8", "int4" or "fp8" packs the large weights as they are read; computed is in `dtype`.
         experts: how they run, one of `nn.moe.FORMS`; None takes what suits the device. How their weights lie follows
             the device in any case.
@@ -127,16 +133,16 @@ def load(
         progress: a bar; None shows it for a gigabyte or more.
 
     Raises:
-        ValueError: nothing is found there, or it does not fit; the message lists all that is wrong.
+        ValueError: nothing is found there, or it does not fit; the message lists all that is wrong. The weights are
+            larger than the devices' memory, where these say how much they have.
     """
     wanted = None if dtype is None else float_dtype(dtype)
     quantized.check_form(quantize)
     placement.check_form(experts)
     directory = locate(source, revision)
-    if mesh is not None:
-        sharding.check(mesh)
     is_orbax = orbax.root(directory) is not None
     config = config or (orbax if is_orbax else settings).read_config(directory)
+    mesh = None if mesh is None else sharding.check(mesh, config)
     packed = settings.read_packed(directory)
     if packed and quantize not in (None, packed["form"]):
         raise ValueError(f"{directory} holds weights in {packed['form']}; load them as they are, without {quantize!r}")
@@ -144,7 +150,8 @@ def load(
         wanted = float_dtype(packed["dtype"])
     if wanted is None:
         wanted = orbax.stored_dtype(directory) if is_orbax else hf.stored_dtype(hf.find(directory))
-    target = transformer.abstract(config, wanted)
+    memory.check_load(config, (packed or {}).get("form") or quantize or wanted.name, mesh)
+    target = sharding.on_mesh(transformer.abstract(config, wanted), mesh)
     if packed:
         target = quantized.quantized(target, packed["form"])
     model = (weights.load_orbax if is_orbax else weights.load_hf)(

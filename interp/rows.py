@@ -20,6 +20,7 @@ from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import State
+from dgemma_jax.nn import meshes
 from dgemma_jax.nn.cache import KVCache
 from dgemma_jax.nn.functional import of
 from interp.gates import table
@@ -192,7 +193,8 @@ def that_fit(model: Any, run: Run, prompts: int, rows_at_once: int | None, more:
         slots = config.canvas_length + max(entry.k.shape[2] for entry in run.moment.cache.layers)
         scores = 8 * config.num_heads * config.canvas_length * slots
         row = cache + scores + 4 * config.canvas_length * (3 * config.vocab_size + 24 * config.embed_dim) + more
-        rows_at_once = max(prompts, min(_free() // row, 2048))
+        ways = meshes.ways(meshes.of(of(model)))  # each device has its share of the rows
+        rows_at_once = max(prompts, min(_free() // row, 2048) * ways)
     if rows_at_once < prompts:
         raise ValueError(f"rows_at_once={rows_at_once}: one intervention on {prompts} prompts takes {prompts} rows")
     return rows_at_once // prompts

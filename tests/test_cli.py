@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 import dgemma_jax as dg
-from dgemma_jax.cli import common, generate, info, main, memory, watch
+from dgemma_jax import memory
+from dgemma_jax.cli import common, generate, main, watch
 from dgemma_jax.diffusion.generate import Draft
 
 RELEASE = "google/diffusiongemma-26B-A4B-it"
@@ -188,7 +189,7 @@ def test_info_needs_no_weights(dgemma, organism, tmp_path):
 
 
 def test_amounts():
-    assert [info.amount(n) for n in (7, 1500, 2_000_000, 50_501_973_624)] == ["7 B", "1.5 kB", "2.0 MB", "50.5 GB"]
+    assert [memory.amount(n) for n in (7, 1500, 2_000_000, 50_501_973_624)] == ["7 B", "1.5 kB", "2.0 MB", "50.5 GB"]
 
 
 def test_convert_gives_the_same_model(dgemma, organism, tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 import dgemma_jax as dg
-from dgemma_jax.diffusion.packed import generate_packed
+from dgemma_jax.diffusion.regrouped import generate_regrouped
 
 
 def _margin(view):
@@ -33,7 +33,7 @@ def test_packing_changes_nothing(organism):
     ]
     steps = [int(whole[n // 4].num_steps[n % 4]) for n in range(7)]
     assert len(set(steps)) > 1 and sum(taken > 2 for taken in steps) > 1  # some rows stop early, several do not
-    found = list(generate_packed(model_of, ids, seeds, groups, sampler, record, few=2))
+    found = list(generate_regrouped(model_of, ids, seeds, groups, sampler, record, few=2))
     assert sorted(number for number, *_ in found) == list(range(7))
     assert sorted(n for batch in asked if len(batch) == 1 for n in batch) == [n for n in range(7) if steps[n] > 2]
     for number, out, row in found:

@@ -24,17 +24,16 @@ ON_A_MESH = """
 import sys
 import jax
 import numpy as np
-from test_masking_methods import OPTIONS, PROMPT, route, target
+from test_masking_methods import OPTIONS, PROMPT, dg, route, target
 from interp.masking.masked_diffusion import masked_game
 
 given = np.load(sys.argv[1])
-mesh = jax.make_mesh((8,), ("data",))
-game = masked_game(route(), PROMPT, target(2), mesh=mesh, **OPTIONS)
+model = route()
+bundle = dg.Bundle(model.config, model).on(jax.make_mesh((8,), ("data",)))
+game = masked_game(bundle, PROMPT, target(2), **OPTIONS)
 assert game.rows_at_once == 16 and game.gradients_at_once == 8
 found = game.values(given["masks"], given["draws"])
 np.testing.assert_allclose(found, given["values"], atol=2e-5)
-rows = game._placed(np.ones((16, 3)), jax.sharding.PartitionSpec("data"))
-assert {shard.data.shape for shard in rows.addressable_shards} == {(2, 3)}
 print("equal")
 """
 

@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "progress": set(),
     "weight_sums": set(),
     "nn": {"nn", "axes", "config"},
-    "diffusion": {"diffusion", "nn", "axes", "config", "progress", "weight_sums"},
+    "memory": {"nn", "weights", "axes", "config"},
+    "diffusion": {"diffusion", "memory", "nn", "axes", "config", "progress", "weight_sums"},
     "text": {"text", "axes", "config"},
     "weights": {"weights", "axes", "config"},
-    "bundle": {"diffusion", "nn", "text", "weights", "axes", "config"},
-    "train": {"train", "bundle", "diffusion", "nn", "text", "weights", "axes", "config"},
-    "bench": {"bench", "bundle", "diffusion", "nn", "text", "weights", "train", "axes", "config"},
-    "cli": {"cli", "bench", "bundle", "diffusion", "nn", "text", "weights", "train", "axes", "config"},
+    "bundle": {"diffusion", "memory", "nn", "text", "weights", "axes", "config"},
+    "train": {"train", "bundle", "diffusion", "memory", "nn", "text", "weights", "axes", "config"},
+    "bench": {"bench", "bundle", "diffusion", "memory", "nn", "text", "weights", "train", "axes", "config"},
+    "cli": {"cli", "bench", "bundle", "diffusion", "memory", "nn", "text", "weights", "train", "axes", "config"},
 }
 # Third-party packages that have few users, so that replacing one stays a small change.
 ONLY_IN = {

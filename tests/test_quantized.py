@@ -12,7 +12,8 @@ from flax import nnx
 
 import dgemma_jax as dg
 import interp
-from dgemma_jax.cli import common, memory
+from dgemma_jax import memory
+from dgemma_jax.cli import common
 from dgemma_jax.config import ModelConfig
 from dgemma_jax.nn import cache as kv
 from dgemma_jax.nn import quantized, transformer

@@ -29,6 +29,52 @@ def add_generation(command: argparse.ArgumentParser, tokens: int | None = 256) -
     command.add_argument("--steps", type=int, metavar="N", help="at most this many denoising steps a block")
 
 
+def add_devices(command: argparse.ArgumentParser) -> None:
+    """The options that say on which devices and hosts a model lies."""
+    command.add_argument(
+        "--mesh", type=mesh, metavar="AXIS=N,..",
+        help="lay the model over devices: rows over data, experts over expert, all else over tensor (data=2,expert=4)",
+    )  # fmt: skip
+    command.add_argument(
+        "--distributed", action="store_true", help="one of many processes, as Slurm, GKE or a TPU pod tells it"
+    )
+    command.add_argument("--coordinator", metavar="HOST:PORT", help="the same, told here: address of process 0")
+    command.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0 on")
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Reads "name=value"."""
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise argparse.ArgumentTypeError(f"needed is NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def mesh(text: str) -> dict[str, int]:
+    """Reads "data=2,expert=4"."""
+    try:
+        return {name: int(size) for name, size in map(pair, text.split(","))}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"needed is AXIS=N with commas between, got {text!r}") from error
+
+
+def start_hosts(args: argparse.Namespace) -> None:
+    """Join the other processes, if the options say that there are any; before a device is asked for."""
+    told = (args.coordinator, args.processes, args.process)
+    if args.distributed or any(x is not None for x in told):
+        from dgemma_jax import hosts
+
+        hosts.start(*told)
+
+
+def speaks() -> bool:
+    """Whether this is the process that prints, where several run one generation."""
+    import jax
+
+    return jax.process_index() == 0
+
+
 def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """Reads "1,2,4"; an empty text is an empty list."""
 
@@ -46,7 +92,12 @@ def load(args: argparse.Namespace) -> Bundle:
     from dgemma_jax.bundle import load
 
     keep_compiled_programs()
-    return load(args.model, dtype=args.dtype, quantize=args.quantize)
+    laid = None
+    if getattr(args, "mesh", None) is not None:
+        from dgemma_jax import hosts
+
+        laid = hosts.mesh(args.mesh)
+    return load(args.model, dtype=args.dtype, quantize=args.quantize, mesh=laid)
 
 
 def sampler(args: argparse.Namespace, bundle: Bundle) -> SamplerConfig:

@@ -19,6 +19,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="answer a prompt", description="Answer a prompt on stdout.")
     command.add_argument("prompt", help="one user turn; - reads it from stdin")
     common.add_generation(command)
+    common.add_devices(command)
     command.add_argument("--watch", action="store_true", help="show the draft after every denoising step")
     command.add_argument("--json", action="store_true", help="print a JSON object instead of the text")
     command.set_defaults(run=run)
@@ -26,6 +27,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    common.start_hosts(args)
     bundle = common.load(args)
     from dgemma_jax.cli.watch import Watch
     from dgemma_jax.diffusion.generate import generate
@@ -39,6 +41,8 @@ def run(args: argparse.Namespace) -> None:
             callback=watch,
         )  # fmt: skip
     seconds = time.perf_counter() - began
+    if not common.speaks():
+        return
     print(json.dumps(as_json(out)) if args.json else out.texts[0])
     print(summary(out, seconds), file=sys.stderr)
 

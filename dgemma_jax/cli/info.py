@@ -70,7 +70,8 @@ def tensors(config: ModelConfig) -> dict[str, list[int]]:
 
 def describe(name: str, config: ModelConfig) -> dict[str, Any]:
     """Everything that `dgemma info` says, as plain values; bytes are of one row."""
-    from dgemma_jax.cli import common, memory
+    from dgemma_jax import memory
+    from dgemma_jax.cli import common
     from dgemma_jax.weights import registry
 
     fields = dataclasses.asdict(config)
@@ -88,7 +89,7 @@ def describe(name: str, config: ModelConfig) -> dict[str, Any]:
             **memory.parameters(config),
         },
         "bytes": {
-            "weights": {kind: memory.weight_bytes(config, kind) for kind in (*memory.DTYPES, *common.FORMS)},
+            "weights": {kind: memory.weight_bytes(config, kind) for kind in ("float32", "bfloat16", *common.FORMS)},
             "cache_per_token": memory.cache_bytes_per_token(config),
             "cache": {name: memory.cache_bytes(config, tokens) for name, tokens in contexts.items()},
             "logits": memory.logits_bytes(config),
@@ -102,6 +103,8 @@ def describe(name: str, config: ModelConfig) -> dict[str, Any]:
 
 def lines(facts: dict[str, Any]) -> Iterable[str]:
     """The facts as text."""
+    from dgemma_jax.memory import amount
+
     config, size = facts["config"], facts["bytes"]
     counts = dict(facts["parameters"])
     total, active = counts.pop("total"), counts.pop("active")
@@ -132,14 +135,6 @@ def lines(facts: dict[str, Any]) -> Iterable[str]:
     yield f"devices that hold one row of {devices.pop('tokens'):,} tokens (calculated)"
     names = devices["bfloat16"]
     yield from table([("", *devices), *((name, *(str(devices[dtype][name]) for dtype in devices)) for name in names)])
-
-
-def amount(count: int) -> str:
-    """Bytes for people, in powers of ten."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
 
 
 def table(rows: list[tuple[str, ...]]) -> Iterable[str]:

@@ -33,30 +33,16 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--batch", type=int, metavar="N", help="generations at a time; by default what fits")
     command.add_argument("--grade", choices=("exact", "contains"), default="exact", help="how answers are met (exact)")
     command.add_argument(
-        "--monitor", type=pair, action="append", default=[], metavar="NAME=REGEX",
+        "--monitor", type=common.pair, action="append", default=[], metavar="NAME=REGEX",
         help="for monitorability, several times; by default a probe on the words",
     )  # fmt: skip
     command.add_argument("--no-early-stop", action="store_true", help="take all steps of every block")
-    command.add_argument("--mesh", type=mesh, metavar="AXIS=N,..", help="lay the weights over devices: expert=4")
+    common.add_devices(command)
+    command.add_argument("--hosts", type=int, metavar="N", help="share the prompts among so many hosts, with one --out")
+    command.add_argument("--host", type=int, metavar="I", help="which of them this is, from 0 on")
     command.add_argument("--parquet", action="store_true", help="write the rows as Parquet too; needs pyarrow")
     command.set_defaults(run=run)
     return command
-
-
-def pair(text: str) -> tuple[str, str]:
-    """Reads "name=value"."""
-    name, sign, value = text.partition("=")
-    if not (name and sign and value):
-        raise argparse.ArgumentTypeError(f"needed is NAME=VALUE, got {text!r}")
-    return name, value
-
-
-def mesh(text: str) -> dict[str, int]:
-    """Reads "data=2,expert=4"."""
-    try:
-        return {name: int(size) for name, size in map(pair, text.split(","))}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"needed is AXIS=N with commas between, got {text!r}") from error
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
     if args.name is None or args.out is None:
         raise ValueError("needed are a NAME (see --list) and --out DIR")
     chosen(args.name)
+    common.start_hosts(args)
     prompts = None if args.prompts is None else interp.StudyPrompts.of(args.prompts)
-    bundle = _load(args)
+    bundle = common.load(args)
     if prompts is None:
         prompts = interp.StudyPrompts.of(interp.Questions.for_organism(bundle, args.count))
     sampler = common.sampler(args, bundle)
@@ -82,21 +69,14 @@ def run(args: argparse.Namespace) -> None:
         args.name, bundle, prompts, args.out, seeds=args.seeds, seed=args.seed,
         sampler=sampler.replace(early_stop=False) if args.no_early_stop else sampler,
         max_new_tokens=args.max_new_tokens, batch=args.batch, grade=args.grade, monitors=dict(args.monitor),
+        hosts=args.hosts, host=args.host,
     )  # fmt: skip
     for said in found.manifest["prompts"]["broken"]:
         print(f"left out  {said}", file=sys.stderr)
+    if found.missing:
+        print(f"{found}\nthe last host writes the study; for one that was lost, run its share again")
+        return
     print(found, found.table(), sep="\n\n")
     if args.parquet:
         found.to_parquet(args.out / "generations.parquet")
     print(f"\nwritten  {args.out}")
-
-
-def _load(args: argparse.Namespace) -> Any:
-    if args.mesh is None:
-        return common.load(args)
-    import jax
-
-    from dgemma_jax.bundle import load
-
-    common.keep_compiled_programs()
-    return load(args.model, dtype=args.dtype, mesh=jax.make_mesh(tuple(args.mesh.values()), tuple(args.mesh)))

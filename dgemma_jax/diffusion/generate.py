@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgemma_jax import memory
 from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.diffusion import loop, noise
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion import sampler as sampling
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.trajectory import Record, Trajectory
-from dgemma_jax.nn import functional
+from dgemma_jax.nn import functional, meshes
 from dgemma_jax.nn.cache import KVCache
 
 PREFILL_CHUNK = 2048  # prompt tokens per causal pass: bounds the memory of attention scores
@@ -131,7 +132,7 @@ def generate(
 
     Raises:
         ValueError: before any work, for an empty prompt, ids outside the vocabulary, more tokens than the
-            context holds, arrays of a wrong shape, non-finite weights.
+            context holds, arrays of a wrong shape, non-finite weights, too little memory.
     """
     run = begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
     return _run(run, loop.compiled, callback, callback_every)
@@ -202,6 +203,7 @@ def begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned
         raise ValueError("pinned says which positions of canvas stay; give canvas too")
     if canvas is not None:
         functional.check_tokens(canvas, config.vocab_size, "canvas")
+    memory.check_generate(model, rows, bucket(max(map(len, ids)) + num_blocks * length))
     if hasattr(bundle, "check_finite"):
         bundle.check_finite()
 
@@ -264,7 +266,8 @@ def prefill_prompts(model: Any, ids: Sequence[Sequence[int]], num_blocks: int) -
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, True
     capacity = bucket(longest + num_blocks * model.config.canvas_length)
-    return functional.prefill(model, tokens, valid, cache_length=capacity, chunk=PREFILL_CHUNK).cache
+    cache = meshes.empty_cache(model.config, len(ids), capacity, model.dtype, meshes.of(model))
+    return functional.prefill(model, tokens, valid, cache, chunk=PREFILL_CHUNK).cache
 
 
 def _run(run: Run, denoise: Callable, callback: Callable[[Draft], None] | None, every: int) -> Generation:
@@ -272,18 +275,19 @@ def _run(run: Run, denoise: Callable, callback: Callable[[Draft], None] | None, 
     moment, blocks = run.moment, []
     check_record(run.record, run.model.config.vocab_size, moment.sampler)
     while True:
-        first = np.asarray(moment.canvas)
+        first = meshes.to_host(moment.canvas)
         shapes = (run.model, moment.state, moment.cache, moment.sampler, moment.pinned, run.record)
         draft = None if callback is None else functools.partial(_draft, callback, moment.block)
         state, buffers = denoise(
             run.model, moment.state, moment.cache, loop.empty_buffers(*shapes), moment.sampler, moment.pinned,
             run.record, first=moment.step, limit=moment.sampler.max_denoising_steps, draft=draft, every=every,
         )  # fmt: skip
-        committed = np.asarray(state.canvas if moment.sampler.commit == "canvas" else state.argmax)
+        last = state.canvas if moment.sampler.commit == "canvas" else state.argmax
+        committed, steps, stop = meshes.to_host((last, state.step, state.stop))
         committed = np.where(moment.ended[:, None], 0, committed)  # a row that had ended took no step
-        blocks.append((first, loop.fetched(buffers), committed, np.asarray(state.step), np.asarray(state.stop)))
+        blocks.append((first, loop.fetched(buffers), committed, steps, stop))
         history, ended = commit(moment, committed)
-        spent = moment.spent + np.asarray(state.step)
+        spent = moment.spent + steps
         number = moment.block + 1
         if ended.all() or number >= moment.num_blocks:
             break
@@ -294,10 +298,9 @@ def _run(run: Run, denoise: Callable, callback: Callable[[Draft], None] | None, 
 def _draft(
     callback: Callable[[Draft], None], block: int, state: sampling.State, buffers: loop.Buffers, step: int
 ) -> None:
-    kept = {k: np.asarray(buffers[k][step]) if k in buffers else None for k in ("accepted", "entropy")}
-    callback(
-        Draft(block, step, np.asarray(state.canvas), np.asarray(state.argmax), **kept, done=np.asarray(state.done))
-    )
+    kept = {k: buffers[k][step] if k in buffers else None for k in ("accepted", "entropy")}
+    shown = {"tokens": state.canvas, "argmax": state.argmax, "done": state.done}
+    callback(Draft(block, step, **meshes.to_host(shown | kept)))
 
 
 def commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

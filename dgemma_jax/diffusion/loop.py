@@ -14,6 +14,7 @@ from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import noise
 from dgemma_jax.diffusion.sampler import State, denoise_step
 from dgemma_jax.diffusion.trajectory import Record, StepView
+from dgemma_jax.nn import meshes
 from dgemma_jax.nn.cache import KVCache
 
 Buffers = dict[str, Any]  # by field of `Trajectory`: pytrees [R, B, ...]
@@ -69,7 +70,10 @@ def empty_buffers(
 def _zeros(model, state, cache, sampler, pinned, *, record, kept) -> Buffers:
     shapes = jax.eval_shape(functools.partial(_step, record=record), model, state, cache, sampler, pinned)[1]
     steps = {name: kept + 1 if name == "sites" else sampler.max_denoising_steps for name in shapes}
-    return {n: jax.tree.map(lambda s, n=n: jnp.zeros((steps[n], *s.shape), s.dtype), shapes[n]) for n in shapes}
+    zeros = {n: jax.tree.map(lambda s, n=n: jnp.zeros((steps[n], *s.shape), s.dtype), shapes[n]) for n in shapes}
+    batch = state.canvas.shape[0]
+    lay = functools.partial(meshes.rows, mesh=meshes.of(model), axis=1)
+    return jax.tree.map(lambda x: lay(x) if x.shape[1:2] == (batch,) else x, zeros)
 
 
 def _write(buffers: Buffers, index: jax.Array, kept: Buffers) -> Buffers:
@@ -87,7 +91,7 @@ def _write(buffers: Buffers, index: jax.Array, kept: Buffers) -> Buffers:
 
 def fetched(buffers: Buffers) -> Buffers:
     """The buffers on the host, as `Trajectory` has them: without the slot for steps that are not kept."""
-    host = jax.device_get(buffers)
+    host = meshes.to_host(buffers)
     if "slot" in host:
         slot = host.pop("slot")
         host["site_steps"] = np.flatnonzero(slot < len(jax.tree.leaves(host["sites"])[0]) - 1)

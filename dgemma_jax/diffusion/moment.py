@@ -10,6 +10,7 @@ import numpy as np
 
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion.sampler import State
+from dgemma_jax.nn import meshes
 from dgemma_jax.nn.cache import KVCache
 
 
@@ -53,11 +54,11 @@ class Moment:
     @property
     def step(self) -> int:
         """Steps already taken in this block (by the rows that took most)."""
-        return int(np.max(np.asarray(self.state.step)))
+        return int(np.max(meshes.to_host(self.state.step)))
 
     @property
     def block(self) -> int:
-        return int(np.max(np.asarray(self.state.block)))
+        return int(np.max(meshes.to_host(self.state.block)))
 
     @property
     def keys(self) -> jax.Array:

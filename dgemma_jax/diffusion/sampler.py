@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import noise
 from dgemma_jax.diffusion.trajectory import StepView, StopReason
-from dgemma_jax.nn import sites
+from dgemma_jax.nn import meshes, sites
 from dgemma_jax.nn.cache import KVCache
 
 PINNED = -1e9  # shaped logit of every other token at a pinned position
@@ -142,6 +142,7 @@ def denoise_step(
         The next state, and everything the step computed.
     """
     captured: dict[str, jax.Array] = {}
+    state, pinned = meshes.rows((state, pinned), meshes.of(model))
     model = sites.bind(
         model, phase="denoise", step=state.step, block=state.block, keys=state.keys, length=cache.length,
         canvas=state.canvas, soft=state.soft, embedder=model.embedder, captured=captured,

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgemma_jax import memory
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import generate as lockstep
 from dgemma_jax.diffusion import loop, noise, reading
@@ -31,7 +32,7 @@ from dgemma_jax.diffusion.joined import joined
 from dgemma_jax.diffusion.kept_rows import KeptRows
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.trajectory import Record, Trajectory
-from dgemma_jax.nn import cache as kv
+from dgemma_jax.nn import meshes
 from dgemma_jax.progress import bar
 
 SPAN = 8  # steps recorded on the device before they are fetched
@@ -125,7 +126,9 @@ class _Work:
         lockstep.check_record(record, model.config.vocab_size, sampler)
         if hasattr(bundle, "check_finite"):
             bundle.check_finite()
-        return cls(model, tokenizer, sampler, record, ids, seeds, blocks, min(rows, len(ids)))
+        work = cls(model, tokenizer, sampler, record, ids, seeds, blocks, min(rows, len(ids)))
+        memory.check_generate(model, work.rows, work.capacity)
+        return work
 
     def described(self) -> dict[str, Any]:
         """What results depend on, beside the model. `rows` is not among it."""
@@ -234,14 +237,14 @@ def _finished(work: _Work, numbers: Sequence[int]) -> Iterator[_Row]:
     count = min(work.rows, len(waiting))
     places: list[_Row | None] = [None] * count
     at_hand = np.arange(0)  # places whose block is done
-    cache = kv.empty(config, count, work.capacity, model.dtype)
+    cache = meshes.empty_cache(config, count, work.capacity, model.dtype, meshes.of(model))
     state = _idle(model, count)
     buffers = None
     while True:
         pieces: dict[int, list[Sequence[int]]] = {}  # by place: what the model must read before the next block
         if len(at_hand):
-            committed = np.asarray(state.canvas if work.sampler.commit == "canvas" else state.argmax)
-            stop = np.asarray(state.stop)
+            last = state.canvas if work.sampler.commit == "canvas" else state.argmax
+            committed, stop = meshes.to_host((last, state.stop))
         for place in at_hand:
             row = places[place]
             row.commit(committed[place], int(stop[place]))
@@ -268,11 +271,11 @@ def _finished(work: _Work, numbers: Sequence[int]) -> Iterator[_Row]:
         taken, state, buffers = loop.some(
             model, state, cache, buffers, work.sampler, _all_sites(work.record), least=least
         )
-        host = jax.device_get({name: buffer for name, buffer in buffers.items() if name != "slot"})
+        host = meshes.to_host({name: buffer for name, buffer in buffers.items() if name != "slot"})
         for place, row in enumerate(places):
             if row is not None:
                 row.keep(host, place, taken)
-        at_hand = np.flatnonzero(np.asarray(state.done) & np.array([row is not None for row in places]))
+        at_hand = np.flatnonzero(meshes.to_host(state.done) & np.array([row is not None for row in places]))
 
 
 def _all_sites(record: Record) -> Record:
@@ -294,7 +297,7 @@ def _begun(model: Any, state: sampling.State, places: Sequence[_Row | None], beg
     block = [0 if row is None else len(row.blocks) for row in places]
     begins = np.isin(np.arange(len(places)), begin)
     state = _new_blocks(model, state, np.array(seeds, np.uint32), np.array(block, np.int32), begins)
-    canvas = np.asarray(state.canvas)
+    canvas = meshes.to_host(state.canvas)
     for place in begin:
         places[place].first = np.array(canvas[place])
     return state

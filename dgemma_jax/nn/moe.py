@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dgemma_jax.nn import grouped
+from dgemma_jax.nn import grouped, meshes
 from dgemma_jax.nn.layers import RMSNorm, gelu, normal
 from dgemma_jax.nn.packed import Packed, contract
 from dgemma_jax.nn.sites import Site, is_open
@@ -48,7 +48,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         width, experts = config.embed_dim, config.num_experts
-        self.top = config.experts_per_token
+        self.top, self.mesh = config.experts_per_token, None
         self.norm = RMSNorm(None, eps=config.rms_norm_eps, dtype=dtype, site="router_norm_scale")
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.proj = normal(rngs, (experts, width), 1, dtype)  # the input is divided by sqrt(D) already
@@ -61,7 +61,8 @@ class Router(nnx.Module):
         normed = self.norm(x_BTD.astype(jnp.float32)) * self.scale[...].astype(jnp.float32) * width**-0.5
         logits_BTE = self.logits(jnp.einsum("btd,ed->bte", normed, self.proj[...].astype(jnp.float32)))
         probs_BTE = self.probs(jax.nn.softmax(logits_BTE, -1))
-        top_BTX, index_BTX = jax.lax.top_k(probs_BTE, self.top)
+        # By rows, since XLA would gather those of all devices for `top_k`.
+        top_BTX, index_BTX = meshes.by_rows(lambda p: jax.lax.top_k(p, self.top), self.mesh)(probs_BTE)
         top_BTX = top_BTX / top_BTX.sum(-1, keepdims=True)
         top_BTX = top_BTX * self.per_expert_scale[...].astype(jnp.float32)[index_BTX]
         chosen_BTXE = jax.nn.one_hot(index_BTX, logits_BTE.shape[-1], dtype=jnp.float32)

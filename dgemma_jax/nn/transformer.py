@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dgemma_jax.nn import cache as kv
-from dgemma_jax.nn import masks
+from dgemma_jax.nn import masks, meshes
 from dgemma_jax.nn.attention import Attention
 from dgemma_jax.nn.embedder import Embedder, SoftEmbed
 from dgemma_jax.nn.layers import GatedMLP, RMSNorm
@@ -86,12 +86,13 @@ class Transformer(nnx.Module):
     Attributes:
         config: sizes; static.
         moe: how experts run, one of `moe.FORMS`; static. `placement.with_experts` changes it.
+        mesh: the mesh that the weights lie on, or None; static. `weights.sharding.on_mesh` sets it.
     """
 
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, moe: str = "auto"
     ) -> None:
-        self.config, self.moe = config, moe
+        self.config, self.moe, self.mesh = config, moe, None
         self.embedder = Embedder(
             config.vocab_size, config.embed_dim, softcap=config.final_logit_softcap, rngs=rngs, dtype=dtype
         )
@@ -110,6 +111,7 @@ class Transformer(nnx.Module):
 
     def prefill(self, tokens_BT: jax.Array, valid_BT: jax.Array, cache: kv.KVCache) -> Prefill:
         """Causal pass over the next tokens of each row; those not valid are neither seen nor kept."""
+        tokens_BT, valid_BT, cache = meshes.rows((tokens_BT, valid_BT, cache), self.mesh)
         count_BT = jnp.cumsum(valid_BT.astype(jnp.int32), 1)
         positions_BT = cache.length[:, None] + count_BT - 1
         keys_BT = jnp.where(valid_BT, positions_BT, -1)
@@ -126,6 +128,7 @@ class Transformer(nnx.Module):
 
     def denoise(self, canvas_BC: jax.Array, cache: kv.KVCache, soft_BCD: jax.Array) -> jax.Array:
         """Bidirectional pass over the canvas: hidden [B, C, D] after the final norm. The cache is only read."""
+        canvas_BC, cache, soft_BCD = meshes.rows((canvas_BC, cache, soft_BCD), self.mesh)
         positions_BC = cache.length[:, None] + jnp.arange(canvas_BC.shape[1])
         embedded_BCD = self.canvas_embed(self.embedder.lookup(canvas_BC))
         x_BCD = self.self_conditioning(embedded_BCD, soft_BCD)

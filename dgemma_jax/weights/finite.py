@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,15 @@ def on_host(array: np.ndarray) -> bool:
     info, words = jnp.finfo(array.dtype), bits(np.atleast_1d(array))
     mask = words.dtype.type(((1 << info.nexp) - 1) << info.nmant)
     return all((chunk & mask).max(initial=0) != mask for chunk in _chunks(words))
+
+
+def everywhere(good: list[bool], shardings: Iterable[jax.sharding.Sharding] = ()) -> list[bool]:
+    """Whether each is good in all processes, where arrays lie over several: each has looked at its own part."""
+    if all(sharding.is_fully_addressable for sharding in shardings):
+        return good
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.array(good)).reshape(-1, len(good)).all(0).tolist()
 
 
 def _chunks(array: np.ndarray, size: int = 1 << 18) -> Iterator[np.ndarray]:

@@ -93,7 +93,8 @@ def load_hf(
 ) -> Any:
     """The tree with the weights of the checkpoint, each in the dtype of the leaf it replaces.
 
-    Host memory stays near one tensor; with shardings each device is given its own slice of the file.
+    Host memory stays near one tensor; with shardings each device is given its own slice of the file, and a process
+    reads the slices of its own devices alone (arrays below a megabyte whole).
 
     Args:
         directory: holds `model.safetensors`, or shards and their index.
@@ -111,17 +112,17 @@ def load_hf(
     sources = _match(directory, entries, leaves, reader)
     loaded: dict[trees.Path, Any] = {}
     packed: dict[trees.Path, Any] = {}
-    bad: list[str] = []
+    fine: dict[trees.Path, bool] = {}
     total = sum(entry.nbytes for entry, _ in sources.values())
     with progress.bar(f"Loading {directory.name}", total, progress_bar) as advance:
         for path, (entry, layout) in sources.items():
-            loaded[path], good = _place(reader(entry), layout, leaves[path], (shardings or {}).get(path), check_finite)
-            if not good:
-                bad.append(trees.dotted(path))
+            where = (shardings or {}).get(path)
+            loaded[path], fine[path] = _place(reader(entry), layout, leaves[path], where, check_finite)
             if packer is not None and packer.wants(path):
                 packed[path], loaded[path] = packer.pack(path, loaded[path]), leaves[path]
             advance(entry.nbytes)
-    problems.check_finite(directory, bad)
+    good = finite.everywhere(list(fine.values()), (shardings or {}).values())
+    problems.check_finite(directory, [trees.dotted(path) for path, one in zip(fine, good, strict=True) if not one])
     tree = trees.replace(tree, loaded)
     return packer.install(tree, packed) if packed else tree
 

@@ -20,6 +20,7 @@ from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.weights import finite, google, hf_keys, problems, progress, publish, settings
 from dgemma_jax.weights import tree as trees
 
+CHUNK = 16 << 20  # bytes of a stored piece, about: who reads a slice of an array reads whole pieces
 _MARK = "_METADATA"  # every folder of an Orbax tree has this file
 
 
@@ -88,12 +89,25 @@ def save_orbax(
     leader = jax.process_index() == 0
     with publish.staged(Path(directory), leader) as stage:
         with _checkpointer() as checkpointer:
-            checkpointer.save((stage / publish.ORBAX).absolute(), _nest(leaves))
+            checkpointer.save((stage / publish.ORBAX).absolute(), args=_saving(leaves))
         if leader:
             stored = packed["dtype"] if packed else str(leaves[("embedder", "table")].dtype)
             settings.write(stage, config, sampler, stored, packed)
             if tokenizer is not None:
                 tokenizer.save(stage)
+
+
+def _saving(leaves: Mapping[trees.Path, Any]) -> Any:
+    """What Orbax is asked to write: large arrays in pieces, experts one by one, so that a host reads its own alone."""
+    import orbax.checkpoint as ocp
+
+    def pieces(path: trees.Path, leaf: Any) -> ocp.SaveArgs:
+        if leaf.size * leaf.dtype.itemsize <= CHUNK:
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if "experts" in path else ())
+
+    how = {path: pieces(path, leaf) for path, leaf in leaves.items()}
+    return ocp.args.PyTreeSave(_nest(leaves), save_args=_nest(how))
 
 
 def load_orbax(

@@ -19,6 +19,7 @@ from dgemma_jax.diffusion.generate import PREFILL_CHUNK, bucket, prefill_prompts
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import start
 from dgemma_jax.nn import cache as kv
+from dgemma_jax.nn import meshes
 from interp.kept_chunks import Chunks, words
 from interp.masking.game import Counted, Found, Game
 from interp.masking.gradients import gradient
@@ -60,8 +61,8 @@ def saliency(
     baseline: Any = "noise", layers: Any = None, positions: Any = None, step: int | str | Moment = 0,
     scope: str = "step", window: int = 4, reads: str | None = None, budget: int | None = None,
     tolerance: float | None = None, draws: int = 8, seed: int = 0, sampler: SamplerConfig | None = None,
-    thinking: bool = False, rows_at_once: int | None = None, mesh: jax.sharding.Mesh | None = None,
-    keep: str | Path | None = None, progress: bool | None = None, **settings: Any,
+    thinking: bool = False, rows_at_once: int | None = None, keep: str | Path | None = None,
+    progress: bool | None = None, **settings: Any,
 ) -> Saliency:  # fmt: skip
     """Which units drove a prediction, by masking and unmasking them along random paths.
 
@@ -104,7 +105,6 @@ def saliency(
         draws: of the baseline "noise" and of `TextEnergy`.
         seed: of the run, the baselines and the masks.
         rows_at_once: rows of a compiled call; by default what fits the memory, 64 at most.
-        mesh: rows are laid over its first axis, whose size must divide them.
         keep: a directory for finished calls; the same call made again goes on after them.
         progress: a bar; None shows it in a terminal or notebook.
         **settings: of the method (`interactions=True` of "path", `margin` of "gates").
@@ -117,7 +117,7 @@ def saliency(
     game = masked_game(
         bundle, prompt, target, units=units, baseline=baseline, layers=layers, positions=positions, step=step,
         scope=scope, window=window, reads=reads, draws=draws, seed=seed, sampler=sampler, thinking=thinking,
-        rows_at_once=rows_at_once, mesh=mesh, keep=keep,
+        rows_at_once=rows_at_once, keep=keep,
     )  # fmt: skip
     options = settings | ({} if budget is None else {"budget": budget})
     tokenizer, ids = inputs.parts(bundle)[1], np.asarray(game.given.tokens[0])[np.asarray(game.given.valid[0])]
@@ -151,8 +151,7 @@ def masked_game(
     bundle: Any, prompt: Any, target: Any, *, units: Any = "tokens", baseline: Any = "noise", layers: Any = None,
     positions: Any = None, step: int | str | Moment = 0, scope: str = "step", window: int = 4,
     reads: str | None = None, draws: int = 8, seed: int = 0, sampler: SamplerConfig | None = None,
-    thinking: bool = False, rows_at_once: int | None = None, mesh: jax.sharding.Mesh | None = None,
-    keep: str | Path | None = None,
+    thinking: bool = False, rows_at_once: int | None = None, keep: str | Path | None = None,
 ) -> MaskedGame:  # fmt: skip
     """The game that `saliency` plays: for estimators and tests of one's own. Arguments as there."""
     model, tokenizer, default = inputs.parts(bundle)
@@ -183,12 +182,10 @@ def masked_game(
     pool, count = pool_of(bundle, ids[0], chosen, run.at(0), sampler, baseline, draws, seed)
     given = Given.of(run.at(0), starts, ids[0], chosen, pool, sampler)
     fit = that_fit(bundle, run, 1, rows_at_once, _prompt_bytes(config, given.tokens.shape[1], chosen))
-    rows, each = fit if rows_at_once is not None else min(fit, ROWS), 1
-    if mesh is not None:  # rows are dealt out evenly; XLA decides where the rest lies
-        mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names)
-        each = mesh.shape[mesh.axis_names[0]]
-        rows = max(each, rows // each * each)
-    most = min(GRADIENT_ROWS, rows, fit // (2 * config.num_layers))  # what is kept of every layer for the way back
+    each = meshes.ways(meshes.of(model))  # rows are dealt out evenly over the axis `data` of the model's mesh
+    rows = fit if rows_at_once is not None else min(fit, ROWS * each)
+    rows = max(each, rows // each * each)
+    most = min(GRADIENT_ROWS * each, rows, fit // (2 * config.num_layers))  # what all layers keep for the way back
     gradients = max(each, most // each * each)
     store = None
     if keep is not None:
@@ -198,7 +195,7 @@ def masked_game(
         store = Chunks(keep, bundle, *about)
     return MaskedGame(
         bundle=bundle, units=chosen, given=given, draws=max(count, len(starts)), metric=as_data(metric), reads=reads,
-        limit=limit, rows_at_once=rows, gradients_at_once=gradients, mesh=mesh, keep=store,
+        limit=limit, rows_at_once=rows, gradients_at_once=gradients, keep=store,
     )  # fmt: skip
 
 

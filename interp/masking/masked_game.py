@@ -91,7 +91,6 @@ class MaskedGame:
         reads: whether the metric is given "logits" [n, C, V] of the last step or "tokens" [n, C] after it.
         limit: the step after which the target is read; None reads the step explained.
         rows_at_once, gradients_at_once: rows of a compiled call.
-        mesh: rows are laid over its first axis.
         keep: finished calls.
     """
 
@@ -104,7 +103,6 @@ class MaskedGame:
     limit: int | None = None
     rows_at_once: int = 64
     gradients_at_once: int = 8
-    mesh: jax.sharding.Mesh | None = None
     keep: Chunks | None = None
 
     @property
@@ -115,32 +113,12 @@ class MaskedGame:
     def on_varies(self) -> bool:
         return len(self.given.starts) > 1
 
-    @functools.cached_property
-    def _model(self) -> Any:
-        return self._placed(of(self.bundle), jax.sharding.PartitionSpec())
-
-    @functools.cached_property
-    def _given(self) -> Given:
-        return self._placed(self.given, jax.sharding.PartitionSpec())
-
-    def _placed(self, tree: Any, spec: jax.sharding.PartitionSpec) -> Any:
-        if self.mesh is None:
-            return tree
-
-        def place(x: Any) -> Any:  # weights that are split over these devices already stay so
-            lies, own = getattr(x, "sharding", None), spec
-            if isinstance(lies, jax.sharding.NamedSharding) and np.array_equal(lies.mesh.devices, self.mesh.devices):
-                own = lies.spec
-            return jax.device_put(x, jax.sharding.NamedSharding(self.mesh, own))
-
-        return jax.tree.map(place, tree)
-
     def values(self, masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """[n] the target of masks [n, U] under draws [n]."""
 
         def one(masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
             if self.limit is None:
-                return np.asarray(_stepped(self._model, self._given, masks, draws, self.metric, reads=self.reads))
+                return np.asarray(_stepped(of(self.bundle), self.given, masks, draws, self.metric, reads=self.reads))
             return self._run(masks, draws)
 
         return self._chunks(one, masks, draws, self.rows_at_once, "values")
@@ -155,7 +133,7 @@ class MaskedGame:
             raise ValueError("sampled tokens have no derivative: explain one step (scope='step') and its logits")
 
         def one(masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
-            values, grads = _differentiated(self._model, self._given, masks, draws, self.metric)
+            values, grads = _differentiated(of(self.bundle), self.given, masks, draws, self.metric)
             return np.concatenate([np.asarray(values)[:, None], np.asarray(grads)], 1)
 
         found = self._chunks(one, masks, draws, self.gradients_at_once, "gradients")
@@ -172,7 +150,7 @@ class MaskedGame:
             rows = len(part)
             fill = [(0, size - rows), (0, 0)]
             part, own = np.pad(part, fill, constant_values=1), np.pad(own, fill[0])
-            call = functools.partial(self._call, one, part, own)
+            call = functools.partial(one, part, own)
             if self.keep is None:
                 found.append(call()[:rows])
             else:
@@ -180,17 +158,11 @@ class MaskedGame:
                 found.append(self.keep.kept(0, f"{name}-{which}", call)[:rows])
         return np.concatenate(found).astype(np.float64)
 
-    def _call(self, one, masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
-        if self.mesh is None:
-            return one(masks, draws)
-        spec = jax.sharding.PartitionSpec(self.mesh.axis_names[0])
-        return one(*self._placed((masks, draws), spec))
-
     def _run(self, masks: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """The target after several steps."""
-        given, quiet = self._given, dg.Record.nothing()
-        edits, state, cache, pinned = _begun(self._model, given, masks, draws)
-        args = (put(self._model, edits), state, cache)
+        given, model, quiet = self.given, of(self.bundle), dg.Record.nothing()
+        edits, state, cache, pinned = _begun(model, given, masks, draws)
+        args = (put(model, edits), state, cache)
         buffers = loop.empty_buffers(*args, given.sampler, pinned, quiet)
         first = int(np.argmax(np.asarray(given.first)))
         state, _ = loop.compiled(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dgemma_jax.nn import meshes
 from dgemma_jax.nn.functional import of
 
 LOGIT_BYTES = 4 << 30  # of some four arrays [B, C, V] that a step holds
@@ -39,7 +40,8 @@ def together(made: Iterable[tuple[int, Any]], size: int, count: int) -> Iterator
             yield own, [waiting.pop(n) for n in own]
 
 
-def that_fit(bundle: Any) -> int:
-    """How many rows of this model run together by default."""
-    config = of(bundle).config
-    return max(1, min(MOST_ROWS, LOGIT_BYTES // (16 * config.canvas_length * config.vocab_size)))
+def that_fit(bundle: Any, count: int) -> int:
+    """How many of these rows run together by default: as many on each part of the axis `data` of the model's mesh."""
+    config, ways = of(bundle).config, meshes.ways(meshes.of(of(bundle)))
+    most = max(1, min(MOST_ROWS, LOGIT_BYTES // (16 * config.canvas_length * config.vocab_size)))
+    return ways * min(most, -(-count // ways))

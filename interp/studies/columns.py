@@ -8,6 +8,7 @@ of texts is two arrays: `<name>/utf8`, all texts one after the other, and `<name
 from __future__ import annotations
 
 import os
+import secrets  # names of unfinished files: processes of many hosts may share a number
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def write(path: Path, columns: Mapping[str, Any]) -> Path:
             texts = [text.encode("utf-8", "surrogatepass") for text in values]
             arrays[f"{name}/utf8"] = np.frombuffer(b"".join(texts), np.uint8)
             arrays[f"{name}/ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
-    part = array_files.write(path.with_name(f"{path.stem}.{os.getpid()}.part.npz"), arrays, {"kind": _KIND})
+    part = array_files.write(path.with_name(f"{path.stem}.{secrets.token_hex(4)}.part.npz"), arrays, {"kind": _KIND})
     os.replace(part, path)
     return path
 
@@ -80,7 +81,7 @@ def to_parquet(path: Path, columns: Mapping[str, Any]) -> Path:
     except ImportError as error:
         raise ValueError("Parquet needs pyarrow: pip install pyarrow; the .npz file beside holds the same") from error
     table = pa.table({name: pa.array(v.tolist() if isinstance(v, np.ndarray) else v) for name, v in columns.items()})
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     pyarrow.parquet.write_table(table, part)
     os.replace(part, path)
     return path

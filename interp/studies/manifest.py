@@ -8,7 +8,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def claim(out: Path, manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"{out} holds another study ({', '.join(differing)} differ); give another directory")
         return
     if any(out.glob("*.npz")) or (out / "parts").exists():
+        if path.exists():  # another host of this study was here meanwhile
+            return claim(out, manifest)
         raise ValueError(f"{out} holds rows without a manifest; give an empty directory")
     write_text(path, text + "\n")
 
@@ -78,8 +81,13 @@ def _keys(now: Any, there: Any) -> list[str]:
     return [key for key in {**now, **there} if now.get(key) != there.get(key)]
 
 
-def clear(out: Path) -> None:
-    """Take away what a run that was killed had half written."""
+def clear(out: Path, numbers: Iterable[int] | None = None) -> None:
+    """Take away what a run that was killed had half written; of these parts alone, if other hosts are at work."""
+    if numbers is not None:
+        for number in numbers:
+            for left in (out / "parts").glob(f"{number:05d}.*.part.npz"):
+                left.unlink(missing_ok=True)
+        return
     for folder in (out, out / "parts"):
         for left in (*folder.glob("*.part"), *folder.glob("*.part.npz")):
             left.unlink()
@@ -87,7 +95,7 @@ def clear(out: Path) -> None:
 
 def write_text(path: Path, text: str) -> Path:
     """Write a file that is there whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     part.write_text(text, "utf-8")
     os.replace(part, path)
     return path

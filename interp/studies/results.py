@@ -25,10 +25,12 @@ class Study:
     Attributes:
         columns: arrays [n, ...] or lists of n texts, by name; `id`, `group`, `arm`, `seed` say what a row is.
         manifest: the model, prompts, sampler, settings and versions that made them.
+        missing: generations that other hosts have yet to make.
     """
 
     columns: Mapping[str, Any]
     manifest: Mapping[str, Any]
+    missing: int = 0
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.columns:
@@ -93,7 +95,13 @@ class Study:
         return files.to_parquet(Path(path), self.columns)
 
     def save(self, directory: str | Path) -> Path:
-        """Write rows, manifest, `summary.json`, `summary.txt` and `figures/`; says where."""
+        """Write rows, manifest, `summary.json`, `summary.txt` and `figures/`; says where.
+
+        Raises:
+            ValueError: rows are missing, or the directory holds another study.
+        """
+        if self.missing:
+            raise ValueError(f"{self.missing} generations are yet to be made by other hosts; this is no whole study")
         out = Path(directory)
         manifests.claim(out, self.manifest)
         if not (out / ROWS).exists():
@@ -122,7 +130,8 @@ class Study:
         groups = ", ".join(f"{group} {len(rows)}" for group, rows in self.groups())
         broken = len(self.manifest["prompts"]["broken"])
         left_out = f"; {broken} line(s) of the prompts were left out" if broken else ""
-        return f"{len(self)} generations ({', '.join(self.statistics)}): {groups}{left_out}"
+        missing = f"; {self.missing} are yet to be made by other hosts" if self.missing else ""
+        return f"{len(self)} generations ({', '.join(self.statistics)}): {groups}{left_out}{missing}"
 
 
 def _by_prompt(values: np.ndarray, number: np.ndarray) -> np.ndarray:

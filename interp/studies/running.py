@@ -10,8 +10,8 @@ The directory of a study:
 | summary.json, summary.txt, figures/*.png | what is made of them |
 
 Which rows make a part depends on the prompts and settings alone, and a file is there whole or not at all. A study
-that was killed and run again leaves the same bytes as one that was not. Within a part a row that has finished makes
-room for the next (`dg.stream`).
+that was killed and run again leaves the same bytes as one that was not, and so does one that many hosts made. Within
+a part a row that has finished makes room for the next (`dg.stream`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dgemma_jax.diffusion import prompts as inputs
 from interp.progress import bar
 from interp.questions import GRADERS
 from interp.studies import batches, columns, manifest, statistics_table
+from interp.studies.hosts import Share
 from interp.studies.prompt_files import StudyPrompt, StudyPrompts
 from interp.studies.results import ROWS, Study
 
@@ -48,7 +49,7 @@ def study(
     name: str, bundle: Any, prompts: Any, out: str | Path, *, seeds: int = 1, seed: int = 0,
     sampler: dg.SamplerConfig | None = None, max_new_tokens: int = 256, batch: int | None = None,
     grade: str = "exact", monitors: Mapping[str, str] | None = None, thinking: bool = False,
-    progress: bool | None = None,
+    hosts: int | None = None, host: int | None = None, progress: bool | None = None,
 ) -> Study:  # fmt: skip
     """Generate an answer to every prompt and keep statistics of how each came about.
 
@@ -63,6 +64,8 @@ def study(
         batch: generations at a time; by default what fits. An interruption loses at most eight batches.
         grade: how an answer is met, "exact" or "contains"; prompts without answer are not graded.
         monitors: regular expressions by name, for the statistic "monitorability"; by default a probe.
+        hosts, host: of how many this is which, all with the same `out`, see `interp.studies.hosts`; by default as
+            `jax.distributed` says. The host that comes last gives the whole study, others what is there by then.
         progress: a bar; by default in a terminal.
 
     Raises:
@@ -73,6 +76,7 @@ def study(
         raise ValueError(f"needed are seeds >= 1, batch >= 1, grade of {', '.join(GRADERS)}; got {seeds=}, {batch=}, "
                          f"{grade=}")  # fmt: skip
     out = Path(out)
+    share = Share.of(bundle, hosts, host)
     arms = next(iter(chosen.values())).arms
     given, ids = _usable(bundle, StudyPrompts.of(prompts), arms, max_new_tokens, thinking)
     rows = [
@@ -80,42 +84,62 @@ def study(
         for n in range(seeds)
     ]  # fmt: skip
     sampler = inputs.parts(bundle)[2] if sampler is None else sampler
-    size = min(len(rows), batches.that_fit(bundle) if batch is None else batch)
+    size = batches.that_fit(bundle, len(rows)) if batch is None else min(len(rows), batch)
     settings = {
         "statistics": list(chosen), "seeds": seeds, "seed": seed, "max_new_tokens": max_new_tokens, "batch": size,
         "grade": grade, "monitors": dict(monitors or {}), "thinking": thinking,
     }  # fmt: skip
     about = manifest.described(bundle, given, sampler, settings)
-    manifest.claim(out, about)
-    manifest.clear(out)
+    if share.writes:
+        manifest.claim(out, about)
     if not (out / ROWS).exists():
         record = statistics_table.record_for(bundle, chosen.values())
         plan = batches.planned([len(row.ids) for row in rows], BATCHES_A_PART * size)
-        (out / "parts").mkdir(exist_ok=True)
-        with bar(f"study {name}", len(rows), progress, "generations") as done:
-            for number, own in enumerate(plan):
-                path = out / "parts" / f"{number:05d}.npz"
-                if path.exists():
+        paths = [out / "parts" / f"{number:05d}.npz" for number in range(len(plan))]
+        mine, absent = share.mine(range(len(plan))), share.absent(paths)
+        if share.writes:
+            manifest.clear(out, None if share.hosts == 1 else mine)
+            (out / "parts").mkdir(exist_ok=True)
+        with bar(f"study {name}", sum(len(plan[number]) for number in mine), progress, "generations") as done:
+            for number in mine:
+                own = plan[number]
+                if number not in absent:
                     done(len(own))
                     continue
                 part = [rows[i] for i in batches.filled(own, size)]
                 asked = ([row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record)
-                made = dg.stream(bundle, *asked, rows=size)
                 found = []
-                for at, results in batches.together(made, size, len(own)):
+                for at, results in batches.together(dg.stream(bundle, *asked, rows=size), size, len(own)):
                     whole = batches.filled(np.arange(len(at)), size)
                     some = dg.collected([results[i] for i in whole])
                     said = _said([part[at[i]] for i in whole], some, grade)
                     measured = said | statistics_table.measured(bundle, some, chosen.values())
                     found.append((at, {name: values[: len(at)] for name, values in measured.items()}))
                     done(len(at))
-                order = np.argsort(np.concatenate([at for at, _ in found]))
-                columns.write(path, columns.joined([values for _, values in found], order))
-        parts = [columns.read(out / "parts" / f"{number:05d}.npz") for number in range(len(plan))]
-        columns.write(out / ROWS, columns.joined(parts, np.argsort(np.concatenate(plan))))
+                if share.writes:
+                    order = np.argsort(np.concatenate([at for at, _ in found]))
+                    columns.write(paths[number], columns.joined([values for _, values in found], order))
+        share.meet()
+        there = [number for number in range(len(plan)) if paths[number].exists()]
+        is_last = share.together or len(there) == len(plan) or (out / ROWS).exists()  # or just joined
+        if not is_last:
+            return _so_far(about, [paths[n] for n in there], [plan[n] for n in there], len(rows))
+        if share.writes and not (out / ROWS).exists():
+            parts = [columns.read(path) for path in paths]
+            columns.write(out / ROWS, columns.joined(parts, np.argsort(np.concatenate(plan))))
+        share.meet()
     found = Study.load(out)
-    found.save(out)
+    if share.writes:
+        found.save(out)
     return found
+
+
+def _so_far(about: dict[str, Any], paths: list[Path], plan: list[np.ndarray], count: int) -> Study:
+    """The study of the rows that hosts have made by now, in the order of the prompts."""
+    nothing: columns.Columns = {"id": [], "group": [], "arm": [], "seed": np.zeros(0, int), "right": np.zeros(0)}
+    order = np.argsort(np.concatenate(plan)) if plan else np.zeros(0, int)
+    rows = columns.joined([columns.read(path) for path in paths], order) if paths else nothing
+    return Study(rows, about, missing=count - len(order))
 
 
 def _said(part: list[_Row], made: dg.Generation, grade: str) -> columns.Columns:

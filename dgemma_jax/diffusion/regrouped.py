@@ -4,7 +4,7 @@
                          the others, of several batches --> one narrow batch --all steps--> done
 
 A batch runs until its slowest row has ended. Where most rows need a few steps and some take all that are allowed, most
-of the work would go to rows that are done. Rows do not depend on each other, so packing changes nothing that they say.
+of the work would go to rows that are done. Rows do not depend on each other, so their answers stay the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NARROW = 4  # times fewer rows go on
 Numbers = Sequence[int]
 
 
-def generate_packed(
+def generate_regrouped(
     model_of: Callable[[Numbers], Any], ids: Sequence[Sequence[int]], seeds: Sequence[int], groups: Sequence[Numbers],
     sampler: SamplerConfig, record: Record, *, few: int = FEW,
 ) -> Iterator[tuple[int, runs.Generation, int]]:  # fmt: skip
@@ -46,7 +46,7 @@ def generate_packed(
     """
     left: dict[Any, _Left] = {}
     for group in groups:
-        run = runs._start(
+        run = runs.begin(
             model_of(group), [ids[n] for n in group], [seeds[n] for n in group], sampler, 1, record, None, None, None,
             False, 1,
         )  # fmt: skip
@@ -127,7 +127,7 @@ def _to_the_end(model_of, ids, seeds, held: _Left, sampler, record, few) -> Iter
         ended=np.zeros(width, bool), spent=np.zeros(width, np.int32), sampler=sampler, num_blocks=1,
         prompts=tuple(tuple(ids[n]) for n in numbers),
     )  # fmt: skip
-    run = runs._Run(model, tokenizer, moment, record, [seeds[n] for n in numbers])
+    run = runs.Run(model, tokenizer, moment, record, [seeds[n] for n in numbers])
     out = _finished(run, _denoised(model, held.rows, sampler, record, few, sampler.max_denoising_steps))
     yield from ((number, out, row) for row, number in enumerate(held.numbers))
 
@@ -138,6 +138,6 @@ def _finished(run: Any, rows: _Rows) -> runs.Generation:
     committed = np.asarray(state.canvas if moment.sampler.commit == "canvas" else state.argmax)
     steps = np.asarray(state.step)
     block = (np.asarray(rows.first), loop.fetched(rows.buffers), committed, steps, np.asarray(state.stop))
-    history, ended = runs._commit(moment, committed)
-    out = runs._finish(run, [block], history, ended, moment.spent + steps)
+    history, ended = runs.commit(moment, committed)
+    out = runs.finish(run, [block], history, ended, moment.spent + steps)
     return dataclasses.replace(out, trajectory=dataclasses.replace(out.trajectory, replay=None))
