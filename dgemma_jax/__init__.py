@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dgemma_jax import diffusion, nn, text, train, weights
     from dgemma_jax.bundle import Bundle, load, save
     from dgemma_jax.config import ModelConfig, SamplerConfig
+    from dgemma_jax.diffusion.autoregressive import Autoregression, autoregress
     from dgemma_jax.diffusion.generate import Generation, generate, generate_python, resume
     from dgemma_jax.diffusion.moment import Moment
     from dgemma_jax.diffusion.trajectory import Record, StopReason, Trajectory
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "bundle": ("Bundle", "load", "save"),
     "config": ("ModelConfig", "SamplerConfig"),
+    "diffusion.autoregressive": ("Autoregression", "autoregress"),
     "diffusion.generate": ("Generation", "generate", "generate_python", "resume"),
     "diffusion.moment": ("Moment",),
     "diffusion.trajectory": ("Record", "StopReason", "Trajectory"),
@@ -32,6 +34,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("diffusion", "nn", "text", "train", "weights")
 
 __all__ = [
+    "Autoregression",
     "Bundle",
     "Generation",
     "ModelConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "SamplerConfig",
     "StopReason",
     "Trajectory",
+    "autoregress",
     "denoise",
     "diffusion",
     "generate",

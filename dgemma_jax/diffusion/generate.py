@@ -26,6 +26,7 @@ from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.trajectory import Record, Trajectory
 from dgemma_jax.nn import functional
 from dgemma_jax.nn.cache import KVCache
+from dgemma_jax.nn.transformer import Prefill
 
 PREFILL_CHUNK = 2048  # prompt tokens per causal pass: bounds the memory of attention scores
 
@@ -242,13 +243,16 @@ def bucket(length: int) -> int:
 
 def prefill_prompts(model: Any, ids: Sequence[Sequence[int]], num_blocks: int) -> KVCache:
     """The cache after the prompts, with room for `num_blocks` more blocks."""
-    longest = max(map(len, ids))
-    padded = bucket(longest)
+    return prefill_padded(model, ids, max(map(len, ids)) + num_blocks * model.config.canvas_length).cache
+
+
+def prefill_padded(model: Any, ids: Sequence[Sequence[int]], capacity: int) -> Prefill:
+    """The causal pass over the prompts, rows padded on the right, with room for `capacity` tokens at least."""
+    padded = bucket(max(map(len, ids)))
     tokens, valid = np.zeros((len(ids), padded), np.int32), np.zeros((len(ids), padded), bool)
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, True
-    capacity = bucket(longest + num_blocks * model.config.canvas_length)
-    return functional.prefill(model, tokens, valid, cache_length=capacity, chunk=PREFILL_CHUNK).cache
+    return functional.prefill(model, tokens, valid, cache_length=bucket(capacity), chunk=PREFILL_CHUNK)
 
 
 def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None, every: int) -> Generation:
