@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dgemma_jax.diffusion.generate import Generation, generate, generate_python, resume
     from dgemma_jax.diffusion.moment import Moment
     from dgemma_jax.diffusion.trajectory import Record, StopReason, Trajectory
+    from dgemma_jax.exported import Exported, export, load_exported
     from dgemma_jax.nn.functional import denoise, prefill, soft_embed, unembed
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "diffusion.generate": ("Generation", "generate", "generate_python", "resume"),
     "diffusion.moment": ("Moment",),
     "diffusion.trajectory": ("Record", "StopReason", "Trajectory"),
+    "exported": ("Exported", "export", "load_exported"),
     "nn.functional": ("denoise", "prefill", "soft_embed", "unembed"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -36,6 +38,7 @@ _MODULES = ("diffusion", "nn", "text", "train", "weights")
 __all__ = [
     "Autoregression",
     "Bundle",
+    "Exported",
     "Generation",
     "ModelConfig",
     "Moment",
@@ -46,9 +49,11 @@ __all__ = [
     "autoregress",
     "denoise",
     "diffusion",
+    "export",
     "generate",
     "generate_python",
     "load",
+    "load_exported",
     "nn",
     "prefill",
     "resume",

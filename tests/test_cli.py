@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -224,6 +225,16 @@ def test_the_command_runs_alone_and_keeps_compiled_programs(organism, tmp_path):
         runs.append((out.stdout, out.stderr.splitlines(), kept))
     assert runs[0][0] == runs[1][0] and runs[0][2] and runs[0][2] == runs[1][2]
     assert len(runs[1][1]) == 1 and "denoising steps" in runs[1][1][0]
+
+
+def test_the_cache_of_compiled_programs_can_be_switched_off(dgemma, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    try:
+        assert dgemma("info", "--no-compile-cache")[0] == 0
+        assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"  # read by processes that are started
+        assert jax.config.jax_enable_compilation_cache is False
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_cache_directory(monkeypatch, tmp_path):

@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "text": {"text", "axes", "config"},
     "weights": {"weights", "axes", "config"},
     "bundle": {"diffusion", "nn", "text", "weights", "axes", "config"},
+    "exported": {"diffusion", "nn", "axes", "config"},
     "train": {"train", "bundle", "diffusion", "nn", "text", "weights", "axes", "config"},
     "bench": {"bench", "bundle", "diffusion", "nn", "text", "weights", "train", "axes", "config"},
-    "cli": {"cli", "bench", "bundle", "diffusion", "nn", "text", "weights", "train", "axes", "config"},
+    "cli": {"cli", "bench", "bundle", "exported", "diffusion", "nn", "text", "weights", "train", "axes", "config"},
 }
 # Third-party packages that have few users, so that replacing one stays a small change.
 ONLY_IN = {

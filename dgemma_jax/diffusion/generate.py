@@ -135,7 +135,7 @@ def generate(
             context holds, arrays of a wrong shape, non-finite weights.
     """
     run = _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
-    return _run(run, loop.compiled, callback, callback_every)
+    return _run(run, callback, callback_every)
 
 
 def generate_python(bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sampler: SamplerConfig | None = None,
@@ -143,8 +143,8 @@ def generate_python(bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sa
                     soft: Any = None, callback: Callable[[Draft], None] | None = None, callback_every: int = 1,
                     thinking: bool = False) -> Generation:  # fmt: skip
     """`generate` with the loop over steps in Python: the same steps, tokens and trajectory; slower, easier to read."""
-    run = _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
-    return _run(run, loop.python, callback, callback_every)
+    args = (bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
+    return _run(_start(*args, Programs(denoise=loop.python)), callback, callback_every)
 
 
 def resume(
@@ -169,8 +169,8 @@ def resume(
             f"the moment's S has shape {moment.soft.shape}, this model needs {shape}: is it of another model?"
         )
     seeds = [-1] * moment.canvas.shape[0]  # unknown here; the keys are in the moment
-    run = _Run(model, tokenizer, moment.replace(sampler=settings), record or Record(), seeds)
-    return _run(run, loop.compiled, callback, callback_every)
+    run = _Run(model, tokenizer, moment.replace(sampler=settings), record or Record(), seeds, Programs())
+    return _run(run, callback, callback_every)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +182,14 @@ class _Run:
     moment: Moment
     record: Record
     seeds: list[int]
+    programs: Programs
 
 
-def _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, every) -> _Run:
+def _start(
+    bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, every, programs=None
+) -> _Run:
     """Check everything, run the prompt through the model and stand before the first step."""
+    programs = Programs() if programs is None else programs
     model, tokenizer, default = inputs.parts(bundle)
     sampler = default if sampler is None else sampler
     config, length = model.config, model.config.canvas_length
@@ -214,7 +218,7 @@ def _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinne
     if hasattr(bundle, "check_finite"):
         bundle.check_finite()
 
-    cache = prefill_prompts(model, ids, num_blocks)
+    cache = programs.prefill(model, ids, num_blocks)
     state = sampling.start(
         noise.row_keys(np.array(seeds)), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), length, model
     )
@@ -227,7 +231,7 @@ def _start(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinne
         history=np.zeros((rows, 0), np.int32), ended=np.zeros(rows, bool), spent=np.zeros(rows, np.int32),
         sampler=sampler, num_blocks=num_blocks, prompts=tuple(map(tuple, ids)),
     )  # fmt: skip
-    return _Run(model, tokenizer, moment, Record() if record is None else record, seeds)
+    return _Run(model, tokenizer, moment, Record() if record is None else record, seeds, programs)
 
 
 def _check_every(every: int) -> None:
@@ -255,7 +259,28 @@ def prefill_padded(model: Any, ids: Sequence[Sequence[int]], capacity: int) -> P
     return functional.prefill(model, tokens, valid, cache_length=bucket(capacity), chunk=PREFILL_CHUNK)
 
 
-def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None, every: int) -> Generation:
+def append_block(model: Any, tokens: jax.Array, valid: np.ndarray, cache: KVCache) -> KVCache:
+    """The cache with a committed block [B, C] added."""
+    return functional.prefill(model, tokens, valid, cache).cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What computes a run: by default the functions of this package, compiled when first called.
+
+    Attributes:
+        prefill: as `prefill_prompts`.
+        buffers, denoise: as `loop.empty_buffers` and `loop.compiled`.
+        append: as `append_block`.
+    """
+
+    prefill: Callable = prefill_prompts
+    buffers: Callable = loop.empty_buffers
+    denoise: Callable = loop.compiled
+    append: Callable = append_block
+
+
+def _run(run: _Run, callback: Callable[[Draft], None] | None, every: int) -> Generation:
     """Denoise the block at hand and those after it, until every row has ended."""
     moment, blocks = run.moment, []
     kept, total = run.record.site_steps or (0,), moment.sampler.max_denoising_steps
@@ -265,8 +290,8 @@ def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None,
         first = np.asarray(moment.canvas)
         shapes = (run.model, moment.state, moment.cache, moment.sampler, moment.pinned, run.record)
         draft = None if callback is None else functools.partial(_draft, callback, moment.block)
-        state, buffers = denoise(
-            run.model, moment.state, moment.cache, loop.empty_buffers(*shapes), moment.sampler, moment.pinned,
+        state, buffers = run.programs.denoise(
+            run.model, moment.state, moment.cache, run.programs.buffers(*shapes), moment.sampler, moment.pinned,
             run.record, first=moment.step, limit=moment.sampler.max_denoising_steps, draft=draft, every=every,
         )  # fmt: skip
         committed = np.asarray(state.canvas if moment.sampler.commit == "canvas" else state.argmax)
@@ -277,7 +302,7 @@ def _run(run: _Run, denoise: Callable, callback: Callable[[Draft], None] | None,
         number = moment.block + 1
         if ended.all() or number >= moment.num_blocks:
             break
-        moment = _next_block(run.model, moment, state, committed, history, ended, spent)
+        moment = _next_block(run.model, moment, state, committed, history, ended, spent, run.programs.append)
     return _finish(run, blocks, history, ended, spent)
 
 
@@ -298,10 +323,10 @@ def _commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.concatenate([moment.history, shown], 1), moment.ended | is_end.any(1)
 
 
-def _next_block(model, moment, state, committed, history, ended, spent) -> Moment:
+def _next_block(model, moment, state, committed, history, ended, spent, append=append_block) -> Moment:
     """The moment before the first step of the next block: the committed block is appended to the cache."""
     valid = np.broadcast_to(~ended[:, None], committed.shape)
-    cache = functional.prefill(model, jnp.asarray(committed), valid, moment.cache).cache
+    cache = append(model, jnp.asarray(committed), valid, moment.cache)
     block = jnp.full_like(state.block, moment.block + 1)
     fresh = sampling.start(state.keys, block, jnp.asarray(ended), committed.shape[1], model)
     return dataclasses.replace(
