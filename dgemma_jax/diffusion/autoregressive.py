@@ -79,6 +79,7 @@ def autoregress(
         bundle.check_finite()
 
     prompt = generate.prefill_padded(model, ids, longest + max_new_tokens)
+    model = _chosen_experts_only(model, len(ids))
     last_BD = prompt.hidden[np.arange(len(ids)), [len(row) - 1 for row in ids]]
     tokens = _decode(
         model, last_BD, prompt.cache, noise.row_keys(np.array(seeds)), jnp.float32(temperature), total=max_new_tokens,
@@ -97,6 +98,16 @@ def autoregress(
         stop_reason=["eos" if e else "max_new_tokens" for e in ended],
         seeds=seeds,
     )
+
+
+def _chosen_experts_only(model: Any, rows: int) -> Any:
+    """The model for passes of one token a row: a canvas reaches all experts, so few tokens a few of them."""
+    config = model.config
+    if model.moe != "auto" or rows * config.experts_per_token >= config.num_experts:
+        return model
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    copy.moe = "blocks"
+    return copy
 
 
 @functools.partial(jax.jit, static_argnames=("total", "greedy", "ends", "pad"))

@@ -138,13 +138,14 @@ def block_size(assignments: int, experts: int) -> int:
 def blocks(top: int, x_TD, weights_TE, gate_up_EFD, down_EFD) -> jax.Array:
     """Chosen experts only: each expert's tokens gathered and padded to whole blocks, then gathered back.
 
-    The number of blocks is fixed by the sizes, so the shapes are too: ceil(T * X / size) + E - 1 at most.
+    The number of blocks is fixed by the sizes, so the shapes are too: ceil(T * X / size) + E - 1 at most, and never
+    more than assignments.
     Nonzero weights beyond the `top` largest of a token (an edit can make them) are not seen by this form.
     """
     (tokens, experts), width = weights_TE.shape, x_TD.shape[1]
     weight_TX, expert_TX = jax.lax.top_k(weights_TE, top)
     size = block_size(tokens * top, experts)
-    count = -(-tokens * top // size) + experts - 1
+    count = min(-(-tokens * top // size) + experts - 1, tokens * top)
     expert = expert_TX.reshape(-1)  # of every assignment, token by token
     so_far = jnp.cumsum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), 0)
     blocks_E = -(-so_far[-1] // size)
