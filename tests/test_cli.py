@@ -133,12 +133,22 @@ def test_usage_errors(args):
         main(args)
 
 
-def test_bench_hands_its_options_on(dgemma, monkeypatch):
-    from dgemma_jax.bench import peer
+def test_bench_shows_kept_results(dgemma, tmp_path):
+    from dgemma_jax.bench import lines
 
-    given = []
-    monkeypatch.setattr(peer, "main", given.extend)
-    assert dgemma("bench", "peer", "--runs", 3)[0] == 0 and given == ["--runs", "3"]
+    path = tmp_path / "r.jsonl"
+    lines.append(path, {"header": {"date": "2026-11-22", "versions": {"jax": "9.9"}}})
+    row = {"by": "logits", "seconds": [0.25, 0.5], "first": 1.0, "count": 1, "tokens": None, "at": {}, "work": []}
+    lines.append(path, {"item": "head", "rows": [row]})
+    code, out, _ = dgemma("bench", "--show", path)
+    assert code == 0 and "jax 9.9" in out and "375" in out
+    for args, said in (
+        (("--show", tmp_path / "none"), "holds no results of dgemma bench"),
+        (("--runs", 1), "--runs must be at least 2"),
+        (("--seconds", 0), "--seconds positive"),
+    ):
+        code, _, err = dgemma("bench", *args)
+        assert code == 2 and said in err
 
 
 def test_version(capsys):

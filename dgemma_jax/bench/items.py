@@ -103,11 +103,16 @@ class Lab:
 
 
 def items(work: Work) -> list[Item]:
-    """Everything that is timed, ceilings first."""
+    """Everything that is timed, ceilings first, then what matters most: time may run out."""
     kinds = dict.fromkeys(work.config.layer_types)
     return [
         Item(COPY, copy_bandwidth),
         Item(MATMUL, matmul_peak),
+        *(Item(f"step, batch {n}", functools.partial(step, batch=n, context=work.contexts[0])) for n in work.batches),
+        Item("generation", generation),
+        Item("append a block", append),
+        *(Item(f"prefill, {n:,} tokens", functools.partial(prefill, tokens=n)) for n in work.prefills),
+        *(Item(f"step, context {n:,}", functools.partial(step, batch=1, context=n)) for n in work.contexts[1:]),
         *(Item(f"experts, {n:,} tokens", functools.partial(experts, tokens=n)) for n in work.expert_tokens),
         *(
             Item(f"{kind.replace('_', ' ')}, context {n:,}", functools.partial(attention, kind=kind, context=n))
@@ -117,11 +122,6 @@ def items(work: Work) -> list[Item]:
         Item("head", head),
         Item("soft embedding", soft_embedding),
         Item("sampler", sampler),
-        *(Item(f"step, batch {n}", functools.partial(step, batch=n, context=work.contexts[0])) for n in work.batches),
-        *(Item(f"step, context {n:,}", functools.partial(step, batch=1, context=n)) for n in work.contexts[1:]),
-        Item("append a block", append),
-        *(Item(f"prefill, {n:,} tokens", functools.partial(prefill, tokens=n)) for n in work.prefills),
-        Item("generation", generation),
     ]
 
 

@@ -34,7 +34,7 @@ class Settings:
         only: parts of the names of items; empty takes all. Ceilings are always measured.
         deadline: seconds since the epoch after which nothing is begun; None has no end.
         runs: timed calls of each contestant, at most.
-        item_seconds: what an item may take beyond its first calls and one timed one of each.
+        item_seconds: what an item may take beyond its first calls and one timed one of each, about.
     """
 
     out: Path
@@ -112,9 +112,11 @@ def time_item(item: Any, lab: Any, settings: Settings, died: dict[tuple[str, str
             rows[name]["error"] = _one_line(error)
     begin("")
     calls = {name: contestants[name].call for name in first}
+    if not calls:
+        return list(rows.values())
     seconds, _ = report.alternate(calls, 1, first=first)
     once = sum(sum(taken) for taken in seconds.values())
-    more = min(settings.runs - 1, max(1, int(settings.item_seconds / once))) if once else 0
+    more = min(settings.runs - 1, max(1 if once < 2 * settings.item_seconds else 0, int(settings.item_seconds / once)))
     later, _ = report.alternate(calls, more, first=first)
     for name, taken in seconds.items():
         rows[name] |= {"seconds": [*taken, *later[name]], "first": first[name], "work": contestants[name].work}

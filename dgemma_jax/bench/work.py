@@ -64,10 +64,10 @@ def _release() -> Work:
 
 
 def _medium() -> Work:
-    """A model of the architecture's shape that a laptop takes: that of `peer`."""
+    """A model of the architecture's shape that a laptop takes: that of `peer`, with half its layers."""
     config = ModelConfig(
         vocab_size=32_768, embed_dim=512, hidden_dim=1024, num_heads=8, num_kv_heads=4, num_global_kv_heads=2,
-        head_dim=64, global_head_dim=128, layer_types=((SLIDING,) * 5 + (FULL,)) * 2, sliding_window=512,
+        head_dim=64, global_head_dim=128, layer_types=(SLIDING,) * 5 + (FULL,), sliding_window=512,
         num_experts=32, experts_per_token=4, expert_dim=256,
     )  # fmt: skip
     return Work(
