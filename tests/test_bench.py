@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from dgemma_jax.bench import peer, report
+from dgemma_jax.bench import lines, peer, report, table
 
 
 def sample() -> report.Report:
@@ -72,6 +72,13 @@ def test_kept_results_can_be_read():
         if "rows" in kept:
             found = report.Report.load(path)
             assert all(row.seconds for row in found.rows) and str(found)
+
+
+def test_kept_runs_of_dgemma_bench_can_be_read():
+    for path in report.RESULTS.glob("*.jsonl"):
+        found = lines.read(path)
+        assert {"date", "machine", "device", "versions", "load"} <= found.header.keys(), path.name
+        assert found.items and table.ceilings(found) and table.results(found).row_count >= len(found.items)
 
 
 @pytest.mark.parity

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the timing process is ended on the way out
     command = [sys.executable, "-m", "dgemma_jax", "bench", "--out", str(args.out), "--runs", str(args.runs)]
     options = {"--sizes": args.sizes, "--model": args.model, "--only": ",".join(args.only)}
     command += [part for name, value in options.items() if value for part in (name, value)]
