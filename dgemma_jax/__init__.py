@@ -15,26 +15,32 @@ if TYPE_CHECKING:
     from dgemma_jax import diffusion, nn, text, train, weights
     from dgemma_jax.bundle import Bundle, load, save
     from dgemma_jax.config import ModelConfig, SamplerConfig
+    from dgemma_jax.diffusion.autoregressive import Autoregression, autoregress
     from dgemma_jax.diffusion.generate import Generation, generate, generate_python, resume
     from dgemma_jax.diffusion.moment import Moment
     from dgemma_jax.diffusion.stream import collected, generate_many, stream
     from dgemma_jax.diffusion.trajectory import Record, StopReason, Trajectory
+    from dgemma_jax.exported import Exported, export, load_exported
     from dgemma_jax.nn.functional import denoise, prefill, soft_embed, unembed
 
 _HOMES = {
     "bundle": ("Bundle", "load", "save"),
     "config": ("ModelConfig", "SamplerConfig"),
+    "diffusion.autoregressive": ("Autoregression", "autoregress"),
     "diffusion.generate": ("Generation", "generate", "generate_python", "resume"),
     "diffusion.moment": ("Moment",),
     "diffusion.stream": ("collected", "generate_many", "stream"),
     "diffusion.trajectory": ("Record", "StopReason", "Trajectory"),
+    "exported": ("Exported", "export", "load_exported"),
     "nn.functional": ("denoise", "prefill", "soft_embed", "unembed"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("diffusion", "nn", "text", "train", "weights")
 
 __all__ = [
+    "Autoregression",
     "Bundle",
+    "Exported",
     "Generation",
     "ModelConfig",
     "Moment",
@@ -42,13 +48,16 @@ __all__ = [
     "SamplerConfig",
     "StopReason",
     "Trajectory",
+    "autoregress",
     "collected",
     "denoise",
     "diffusion",
+    "export",
     "generate",
     "generate_many",
     "generate_python",
     "load",
+    "load_exported",
     "nn",
     "prefill",
     "resume",

@@ -6,9 +6,10 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 
-from dgemma_jax.bench import peer, report
+from dgemma_jax.bench import lines, peer, report, table
 
 
 def sample() -> report.Report:
@@ -73,6 +74,13 @@ def test_kept_results_can_be_read():
             assert all(row.seconds for row in found.rows) and str(found)
 
 
+def test_kept_runs_of_dgemma_bench_can_be_read():
+    for path in report.RESULTS.glob("*.jsonl"):
+        found = lines.read(path)
+        assert {"date", "machine", "device", "versions", "load"} <= found.header.keys(), path.name
+        assert found.items and table.ceilings(found) and table.results(found).row_count >= len(found.items)
+
+
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_peer_benchmark_runs(capsys):
@@ -82,3 +90,31 @@ def test_peer_benchmark_runs(capsys):
     ours = [row for row in found.rows if row.name == "dgemma_jax"]
     assert [row.task for row in ours] == [peer.STEP, f"{peer.GENERATION}, 2 steps"]
     assert all(found.ratio(row) > 0 for row in ours)
+
+
+@pytest.mark.parity
+def test_both_sides_compute_the_same_on_the_same_weights():
+    """The weights that are handed over are the peer's: equal logits, and equal texts token by token."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    import dgemma_jax as dg
+
+    model = peer.random_peer(peer.Sizes.tiny(), seed=3)
+    bundle = peer.shared(model, steps=2)
+    prompts = [[7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [20, 21]]
+    expected = []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(5):
+            cache = transformers.DynamicCache(config=model.config.get_text_config(decoder=True))
+            with torch.no_grad():
+                hidden = model.model.encoder(input_ids=torch.tensor([text]), past_key_values=cache).last_hidden_state
+                scores = hidden[0, -1] @ model.model.decoder.embed_tokens.weight.T
+            text.append(int(scores.argmax()))
+        expected.append(text[len(prompt) :])
+        canvas = np.arange(8)[None] + 30
+        with torch.no_grad():
+            logits = model(decoder_input_ids=torch.tensor(canvas), past_key_values=cache).logits
+        ours = dg.denoise(bundle, canvas, dg.prefill(bundle, [text[:-1]]).cache)
+        np.testing.assert_allclose(ours, logits.numpy(), atol=1e-4)
+    bundle = bundle.with_sampler(eos_token_ids=())
+    np.testing.assert_array_equal(dg.autoregress(bundle, prompts, 5).tokens, expected)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -133,12 +134,22 @@ def test_usage_errors(args):
         main(args)
 
 
-def test_bench_hands_its_options_on(dgemma, monkeypatch):
-    from dgemma_jax.bench import peer
+def test_bench_shows_kept_results(dgemma, tmp_path):
+    from dgemma_jax.bench import lines
 
-    given = []
-    monkeypatch.setattr(peer, "main", given.extend)
-    assert dgemma("bench", "peer", "--runs", 3)[0] == 0 and given == ["--runs", "3"]
+    path = tmp_path / "r.jsonl"
+    lines.append(path, {"header": {"date": "2026-11-22", "versions": {"jax": "9.9"}}})
+    row = {"by": "logits", "seconds": [0.25, 0.5], "first": 1.0, "count": 1, "tokens": None, "at": {}, "work": []}
+    lines.append(path, {"item": "head", "rows": [row]})
+    code, out, _ = dgemma("bench", "--show", path)
+    assert code == 0 and "jax 9.9" in out and "375" in out
+    for args, said in (
+        (("--show", tmp_path / "none"), "holds no results of dgemma bench"),
+        (("--runs", 1), "--runs must be at least 2"),
+        (("--seconds", 0), "--seconds positive"),
+    ):
+        code, _, err = dgemma("bench", *args)
+        assert code == 2 and said in err
 
 
 def test_version(capsys):
@@ -225,6 +236,16 @@ def test_the_command_runs_alone_and_keeps_compiled_programs(organism, tmp_path):
         runs.append((out.stdout, out.stderr.splitlines(), kept))
     assert runs[0][0] == runs[1][0] and runs[0][2] and runs[0][2] == runs[1][2]
     assert len(runs[1][1]) == 1 and "denoising steps" in runs[1][1][0]
+
+
+def test_the_cache_of_compiled_programs_can_be_switched_off(dgemma, monkeypatch):
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    try:
+        assert dgemma("info", "--no-compile-cache")[0] == 0
+        assert os.environ["JAX_ENABLE_COMPILATION_CACHE"] == "false"  # read by processes that are started
+        assert jax.config.jax_enable_compilation_cache is False
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_cache_directory(monkeypatch, tmp_path):

@@ -11,10 +11,10 @@ the others.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -67,10 +67,8 @@ def compare(sizes: Sizes | None = None, runs: int = 7, threads: int = 2, seed: i
     sizes = sizes or Sizes()
     torch = peer_package("torch")
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as directory:
-        model = random_peer(sizes, seed)
-        model.save_pretrained(directory)
-        bundle = _load(directory, sizes)
+    model = random_peer(sizes, seed)
+    bundle = shared(model, sizes.steps)
     rng = np.random.default_rng(seed)
     prompt = rng.integers(3, sizes.vocab_size, sizes.prompt_length)
     rows: list[report.Row] = []
@@ -109,7 +107,7 @@ def peer_package(name: str) -> Any:
         raise ImportError(f"this benchmark needs {name}: pip install 'dgemma-jax[parity]'") from error
 
 
-def random_peer(sizes: Sizes, seed: int) -> Any:
+def random_peer(sizes: Sizes, seed: int, device: str = "cpu", dtype: str = "float32") -> Any:
     """A model of `transformers` with weights of the usual size, so that routing and logits are varied."""
     torch, transformers = peer_package("torch"), peer_package("transformers")
     from dgemma_jax.config import FULL, NO_VISION, SLIDING
@@ -125,8 +123,14 @@ def random_peer(sizes: Sizes, seed: int) -> Any:
     config = transformers.DiffusionGemmaConfig(
         text_config=text, vision_config=dict(NO_VISION), canvas_length=sizes.canvas_length
     )
-    model = transformers.DiffusionGemmaForBlockDiffusion(config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):  # made where it stays, in its dtype: no second copy
+            model = transformers.DiffusionGemmaForBlockDiffusion(config).eval()
+    finally:
+        torch.set_default_dtype(default)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and "vision" not in name:
@@ -134,12 +138,27 @@ def random_peer(sizes: Sizes, seed: int) -> Any:
     return model
 
 
-def _load(directory: str, sizes: Sizes) -> Any:
-    from dgemma_jax.bundle import load
-    from dgemma_jax.config import SamplerConfig
+def shared(model: Any, steps: int) -> Any:
+    """A bundle on the very weights of a model of `transformers`; only experts' `down` is laid out anew."""
+    import jax
+    import jax.numpy as jnp
 
-    sampler = SamplerConfig(max_denoising_steps=sizes.steps, early_stop=False, eos_token_ids=(1,))
-    return load(directory, dtype="float32").with_sampler(sampler)
+    from dgemma_jax.bundle import Bundle
+    from dgemma_jax.config import ModelConfig, SamplerConfig
+    from dgemma_jax.nn import transformer
+    from dgemma_jax.weights import hf_keys, tree
+
+    config = ModelConfig.from_hf(model.config.to_dict())
+    stored = model.state_dict()
+
+    def weight(path: tree.Path, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name, layout = hf_keys.key_of(path)
+        return layout.from_stored(jnp.from_dlpack(stored[name].detach().contiguous()), leaf.shape)
+
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    target = transformer.abstract(config, jnp.dtype(dtype))
+    ours = tree.replace(target, {path: weight(path, leaf) for path, leaf in tree.leaves(target).items()})
+    return Bundle(config, ours, sampler=SamplerConfig(max_denoising_steps=steps, early_stop=False, eos_token_ids=(1,)))
 
 
 def our_step(bundle: Any, prompt: np.ndarray) -> Callable[[], Any]:
@@ -156,7 +175,8 @@ def our_step(bundle: Any, prompt: np.ndarray) -> Callable[[], Any]:
         return sampling.denoise_step(model, state, cache, sampler)[0]
 
     model, config = bundle.model, bundle.config
-    cache = functional.prefill(model, prompt[None], cache_length=len(prompt) + config.canvas_length).cache
+    tokens, room = prompt[None].astype(np.int32), len(prompt) + config.canvas_length
+    cache = functional.prefill(model, tokens, cache_length=room).cache
     zero, never = jnp.zeros(1, jnp.int32), jnp.zeros(1, bool)
     state = sampling.start(noise.row_keys(zero), zero, never, config.canvas_length, model)
     soft = jax.random.normal(jax.random.key(1), state.soft.shape, state.soft.dtype)
@@ -176,21 +196,22 @@ def peer_step(model: Any, prompt: np.ndarray, experts: str) -> Callable[[], Any]
     torch, transformers = peer_package("torch"), peer_package("transformers")
     settings = _peer_settings(model, 16)
     length, vocab_size = model.config.canvas_length, model.config.text_config.vocab_size
-    tokens = torch.tensor(prompt)[None]
+    device = model.device
+    tokens = torch.tensor(prompt, device=device)[None]
     cache = transformers.DynamicCache(config=model.config.get_text_config(decoder=True))
     with torch.no_grad():
         model.model.encoder(input_ids=tokens, past_key_values=cache)
-    canvas = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    given = torch.randn((1, length, vocab_size), generator=torch.Generator().manual_seed(1))
+    canvas = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    given = torch.randn((1, length, vocab_size), generator=torch.Generator().manual_seed(1)).to(device)
 
     def call() -> Any:
         model.set_experts_implementation(experts)
-        with torch.no_grad():
+        with torch.no_grad(), waited(device):
             return model._denoising_step(
                 decoder_forward=model.forward, current_canvas=canvas, argmax_canvas=canvas, input_ids=tokens,
-                decoder_position_ids=torch.arange(len(prompt), len(prompt) + length)[None],
+                decoder_position_ids=torch.arange(len(prompt), len(prompt) + length, device=device)[None],
                 self_conditioning_logits=given, mask_mapping=dict(full_attention=None, sliding_attention=None),
-                past_key_values=cache, finished_denoising=torch.zeros(1, dtype=torch.bool), cur_step=15,
+                past_key_values=cache, finished_denoising=torch.zeros(1, dtype=torch.bool, device=device), cur_step=15,
                 sampler=model._prepare_sampler(settings), logits_processor=model._prepare_logits_processor(settings),
                 diffusion_stopping_criteria=model._prepare_diffusion_stopping_criteria(settings),
             )  # fmt: skip
@@ -198,17 +219,31 @@ def peer_step(model: Any, prompt: np.ndarray, experts: str) -> Callable[[], Any]
     return call
 
 
-def peer_generation(model: Any, prompt: np.ndarray, experts: str, *, steps: int) -> Callable[[], Any]:
-    """A call that generates one block with all its steps."""
+def peer_generation(
+    model: Any, prompt: np.ndarray, experts: str, *, steps: int, compiled: bool = False
+) -> Callable[[], Any]:
+    """A call that generates one block with all its steps; `compiled` with a static cache, by `torch.compile`."""
     torch = peer_package("torch")
-    tokens, settings = torch.tensor(prompt)[None], _peer_settings(model, steps)
+    tokens, settings = torch.tensor(prompt, device=model.device)[None], _peer_settings(model, steps)
+    if compiled:
+        settings.cache_implementation = "static"
 
     def call() -> Any:
         model.set_experts_implementation(experts)
-        out = model.generate(tokens, generation_config=settings, max_new_tokens=model.config.canvas_length)
-        return out.sequences
+        with waited(model.device):
+            return model.generate(
+                tokens, generation_config=settings, max_new_tokens=model.config.canvas_length
+            ).sequences
 
     return call
+
+
+@contextlib.contextmanager
+def waited(device: Any) -> Any:
+    """Leaves when the device has done what was asked of it within."""
+    yield
+    if device.type == "cuda":
+        peer_package("torch").cuda.synchronize(device)
 
 
 def _peer_settings(model: Any, steps: int) -> Any:

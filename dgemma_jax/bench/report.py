@@ -133,8 +133,9 @@ def memory_gib() -> float:
 
 
 def alternate(
-    contestants: Mapping[str, Callable[[], Any]], runs: int, pause: float = 0.05
-) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:
+    contestants: Mapping[str, Callable[[], Any]], runs: int, pause: float = 0.05,
+    first: Mapping[str, float] | None = None,
+) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:  # fmt: skip
     """Seconds of `runs` calls of each, taken in turns so that a change of the machine's speed meets all alike.
 
     Each call must return only when its work is done. Between calls there is a pause, in which the threads of the
@@ -147,19 +148,21 @@ def alternate(
     gc.collect()
     gc.disable()
     try:
-        first = {name: _timed(call, pause) for name, call in contestants.items()}
+        if first is None:
+            first = {name: timed(call, pause) for name, call in contestants.items()}
         taken: dict[str, list[float]] = {name: [] for name in contestants}
         for turn in range(runs):
             names = list(contestants) if turn % 2 == 0 else list(contestants)[::-1]
             for name in names:
-                taken[name].append(_timed(contestants[name], pause))
+                taken[name].append(timed(contestants[name], pause))
     finally:
         if collects:
             gc.enable()
-    return {name: tuple(seconds) for name, seconds in taken.items()}, first
+    return {name: tuple(seconds) for name, seconds in taken.items()}, dict(first)
 
 
-def _timed(call: Callable[[], Any], pause: float) -> float:
+def timed(call: Callable[[], Any], pause: float = 0.05) -> float:
+    """Seconds of one call, after a pause."""
     time.sleep(pause)
     start = time.perf_counter()
     call()

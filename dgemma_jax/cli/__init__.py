@@ -15,9 +15,11 @@ from dgemma_jax.cli import (
     audit,
     bench,
     bottleneck,
+    common,
     convert,
     depth,
     explain,
+    export,
     faithfulness,
     generate,
     harden,
@@ -31,6 +33,8 @@ from dgemma_jax.cli import (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = parser().parse_args(argv)
+    if args.no_compile_cache:
+        common.forget_compiled_programs()
     try:
         return args.run(args) or 0
     except (ValueError, OSError) as error:
@@ -49,9 +53,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version)
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in (explain, generate, bottleneck, faithfulness, study, depth, audit, harden, reproduce, info,
-                   convert, train, bench):  # fmt: skip
+                   convert, export, train, bench):  # fmt: skip
         command = module.add(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.add_argument("--no-compile-cache", action="store_true", help="compile anew, and keep nothing")
     return top
 
 

@@ -114,6 +114,13 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def forget_compiled_programs() -> None:
+    """Neither read nor keep compiled programs, in this process and in those it starts."""
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # JAX's own switch, read when it is imported
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_enable_compilation_cache", False)
+
+
 def cache_directory() -> Path:
     """Where this platform keeps what may be deleted."""
     if path := os.environ.get("XDG_CACHE_HOME"):

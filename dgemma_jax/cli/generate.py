@@ -20,6 +20,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("prompt", help="one user turn; - reads it from stdin")
     common.add_generation(command)
     common.add_devices(command)
+    command.add_argument("--exported", metavar="DIR", help="run the programs that `dgemma export` wrote there")
     command.add_argument("--watch", action="store_true", help="show the draft after every denoising step")
     command.add_argument("--json", action="store_true", help="print a JSON object instead of the text")
     command.set_defaults(run=run)
@@ -30,16 +31,24 @@ def run(args: argparse.Namespace) -> None:
     common.start_hosts(args)
     bundle = common.load(args)
     from dgemma_jax.cli.watch import Watch
-    from dgemma_jax.diffusion.generate import generate
 
+    if args.exported:
+        from dgemma_jax.exported import load_exported
+
+        exported = load_exported(args.exported)
+        run_it = exported.generate
+        sampler = None if args.steps is None else exported.sampler.replace(max_denoising_steps=args.steps)
+    else:
+        from dgemma_jax.diffusion.generate import generate as run_it
+
+        sampler = common.sampler(args, bundle)
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
     watch = Watch(bundle) if args.watch else None
     began = time.perf_counter()
     with watch or contextlib.nullcontext():
-        out = generate(
-            bundle, prompt, seed=args.seed, sampler=common.sampler(args, bundle), max_new_tokens=args.max_new_tokens,
-            callback=watch,
-        )  # fmt: skip
+        out = run_it(
+            bundle, prompt, seed=args.seed, sampler=sampler, max_new_tokens=args.max_new_tokens, callback=watch
+        )
     seconds = time.perf_counter() - began
     if not common.speaks():
         return

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dgemma_jax.cli import common
+
 
 def add(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser(
@@ -30,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     flag = f"--xla_force_host_platform_device_count={SHARDS}"
     os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), flag]).strip()
 
+    common.keep_compiled_programs()
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -27,6 +27,7 @@ from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.trajectory import Record, Trajectory
 from dgemma_jax.nn import functional, meshes
 from dgemma_jax.nn.cache import KVCache
+from dgemma_jax.nn.transformer import Prefill
 
 PREFILL_CHUNK = 2048  # prompt tokens per causal pass: bounds the memory of attention scores
 
@@ -135,7 +136,7 @@ def generate(
             context holds, arrays of a wrong shape, non-finite weights, too little memory.
     """
     run = begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
-    return _run(run, loop.compiled, callback, callback_every)
+    return run_to_end(run, callback, callback_every)
 
 
 def generate_python(bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sampler: SamplerConfig | None = None,
@@ -143,8 +144,8 @@ def generate_python(bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sa
                     soft: Any = None, callback: Callable[[Draft], None] | None = None, callback_every: int = 1,
                     thinking: bool = False) -> Generation:  # fmt: skip
     """`generate` with the loop over steps in Python: the same steps, tokens and trajectory; slower, easier to read."""
-    run = begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
-    return _run(run, loop.python, callback, callback_every)
+    args = (bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, callback_every)
+    return run_to_end(begin(*args, Programs(denoise=loop.python)), callback, callback_every)
 
 
 def resume(
@@ -170,7 +171,7 @@ def resume(
         )
     seeds = [-1] * moment.canvas.shape[0]  # unknown here; the keys are in the moment
     run = Run(model, tokenizer, moment.replace(sampler=settings), record or Record(), seeds)
-    return _run(run, loop.compiled, callback, callback_every)
+    return run_to_end(run, callback, callback_every)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +183,14 @@ class Run:
     moment: Moment
     record: Record
     seeds: list[int]
+    programs: Programs = dataclasses.field(default_factory=lambda: Programs())
 
 
-def begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, every) -> Run:
+def begin(
+    bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned, soft, thinking, every, programs=None
+) -> Run:
     """Check everything, run the prompt through the model and stand before the first step."""
+    programs = Programs() if programs is None else programs
     model, tokenizer, default = inputs.parts(bundle)
     sampler = default if sampler is None else sampler
     config, length = model.config, model.config.canvas_length
@@ -207,7 +212,7 @@ def begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned
     if hasattr(bundle, "check_finite"):
         bundle.check_finite()
 
-    cache = prefill_prompts(model, ids, num_blocks)
+    cache = programs.prefill(model, ids, num_blocks)
     state = sampling.start(
         noise.row_keys(np.array(seeds)), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), length, model
     )
@@ -220,7 +225,7 @@ def begin(bundle, prompts, seed, sampler, max_new_tokens, record, canvas, pinned
         history=np.zeros((rows, 0), np.int32), ended=np.zeros(rows, bool), spent=np.zeros(rows, np.int32),
         sampler=sampler, num_blocks=num_blocks, prompts=tuple(map(tuple, ids)),
     )  # fmt: skip
-    return Run(model, tokenizer, moment, Record() if record is None else record, seeds)
+    return Run(model, tokenizer, moment, Record() if record is None else record, seeds, programs)
 
 
 def blocks_for(prompt_length: int, max_new_tokens: int, config: ModelConfig) -> int:
@@ -260,17 +265,41 @@ def bucket(length: int) -> int:
 
 def prefill_prompts(model: Any, ids: Sequence[Sequence[int]], num_blocks: int) -> KVCache:
     """The cache after the prompts, with room for `num_blocks` more blocks."""
-    longest = max(map(len, ids))
-    padded = bucket(longest)
+    return prefill_padded(model, ids, max(map(len, ids)) + num_blocks * model.config.canvas_length).cache
+
+
+def prefill_padded(model: Any, ids: Sequence[Sequence[int]], capacity: int) -> Prefill:
+    """The causal pass over the prompts, rows padded on the right, with room for `capacity` tokens at least."""
+    padded = bucket(max(map(len, ids)))
     tokens, valid = np.zeros((len(ids), padded), np.int32), np.zeros((len(ids), padded), bool)
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, True
-    capacity = bucket(longest + num_blocks * model.config.canvas_length)
-    cache = meshes.empty_cache(model.config, len(ids), capacity, model.dtype, meshes.of(model))
-    return functional.prefill(model, tokens, valid, cache, chunk=PREFILL_CHUNK).cache
+    cache = meshes.empty_cache(model.config, len(ids), bucket(capacity), model.dtype, meshes.of(model))
+    return functional.prefill(model, tokens, valid, cache, chunk=PREFILL_CHUNK)
 
 
-def _run(run: Run, denoise: Callable, callback: Callable[[Draft], None] | None, every: int) -> Generation:
+def append_block(model: Any, tokens: jax.Array, valid: np.ndarray, cache: KVCache) -> KVCache:
+    """The cache with a committed block [B, C] added."""
+    return functional.prefill(model, tokens, valid, cache).cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What computes a run: by default the functions of this package, compiled when first called.
+
+    Attributes:
+        prefill: as `prefill_prompts`.
+        buffers, denoise: as `loop.empty_buffers` and `loop.compiled`.
+        append: as `append_block`.
+    """
+
+    prefill: Callable = prefill_prompts
+    buffers: Callable = loop.empty_buffers
+    denoise: Callable = loop.compiled
+    append: Callable = append_block
+
+
+def run_to_end(run: Run, callback: Callable[[Draft], None] | None, every: int) -> Generation:
     """Denoise the block at hand and those after it, until every row has ended."""
     moment, blocks = run.moment, []
     check_record(run.record, run.model.config.vocab_size, moment.sampler)
@@ -278,8 +307,8 @@ def _run(run: Run, denoise: Callable, callback: Callable[[Draft], None] | None, 
         first = meshes.to_host(moment.canvas)
         shapes = (run.model, moment.state, moment.cache, moment.sampler, moment.pinned, run.record)
         draft = None if callback is None else functools.partial(_draft, callback, moment.block)
-        state, buffers = denoise(
-            run.model, moment.state, moment.cache, loop.empty_buffers(*shapes), moment.sampler, moment.pinned,
+        state, buffers = run.programs.denoise(
+            run.model, moment.state, moment.cache, run.programs.buffers(*shapes), moment.sampler, moment.pinned,
             run.record, first=moment.step, limit=moment.sampler.max_denoising_steps, draft=draft, every=every,
         )  # fmt: skip
         last = state.canvas if moment.sampler.commit == "canvas" else state.argmax
@@ -291,7 +320,7 @@ def _run(run: Run, denoise: Callable, callback: Callable[[Draft], None] | None, 
         number = moment.block + 1
         if ended.all() or number >= moment.num_blocks:
             break
-        moment = _next_block(run.model, moment, state, committed, history, ended, spent)
+        moment = _next_block(run.model, moment, state, committed, history, ended, spent, run.programs.append)
     return finish(run, blocks, history, ended, spent)
 
 
@@ -311,10 +340,10 @@ def commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.concatenate([moment.history, shown], 1), moment.ended | is_end.any(1)
 
 
-def _next_block(model, moment, state, committed, history, ended, spent) -> Moment:
+def _next_block(model, moment, state, committed, history, ended, spent, append=append_block) -> Moment:
     """The moment before the first step of the next block: the committed block is appended to the cache."""
     valid = np.broadcast_to(~ended[:, None], committed.shape)
-    cache = functional.prefill(model, jnp.asarray(committed), valid, moment.cache).cache
+    cache = append(model, jnp.asarray(committed), valid, moment.cache)
     block = jnp.full_like(state.block, moment.block + 1)
     fresh = sampling.start(state.keys, block, jnp.asarray(ended), committed.shape[1], model)
     return dataclasses.replace(

@@ -123,16 +123,17 @@ def _once(model, state, cache, buffers, sampler, pinned, index, *, record):
 def compiled(
     model: Any, state: State, cache: KVCache, buffers: Buffers, sampler: SamplerConfig, pinned: Any, record: Record,
     *, first: int, limit: int, draft: Callable[[State, Buffers, int], None] | None = None, every: int = 1,
+    program: Callable = _while,
 ) -> tuple[State, Buffers]:  # fmt: skip
     """Denoise from step `first` until all rows are done or step `limit`, in one compiled loop.
 
     With a `draft` function the loop returns to Python after every `every` steps; `limit` is data, so there is
-    still one compile.
+    still one compile. `program` is the loop itself, if it comes from elsewhere.
     """
     index = jnp.int32(first)
     while int(index) < limit and not bool(state.done.all()):
         stop = limit if draft is None else min(int(index) + every, limit)
-        index, state, buffers = _while(
+        index, state, buffers = program(
             model, state, cache, buffers, sampler, pinned, index, jnp.int32(stop), record=record
         )
         if draft is not None:

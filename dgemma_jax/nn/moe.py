@@ -223,12 +223,13 @@ def _summed(out_SD: jax.Array, slot_A: jax.Array, weight_TX: jax.Array) -> jax.A
 def blocks(top: int, x_TD, weights_TE, gate_up, down_EFD, layout: str = "efd") -> jax.Array:
     """Chosen experts only: each expert's tokens gathered and padded to whole blocks, then gathered back.
 
-    The number of blocks is fixed by the sizes, so the shapes are too: ceil(T * X / size) + E - 1 at most.
+    The number of blocks is fixed by the sizes, so the shapes are too: ceil(T * X / size) + E - 1 at most, and never
+    more than assignments.
     Nonzero weights beyond the `top` largest of a token (an edit can make them) are not seen by this form.
     """
     (tokens, experts), width = weights_TE.shape, x_TD.shape[1]
     size = block_size(tokens * top, experts)
-    count = -(-tokens * top // size) + experts - 1
+    count = min(-(-tokens * top // size) + experts - 1, tokens * top)
     weight_TX, expert_A, rank_A, load_E = _assigned(top, weights_TE)
     blocks_E = -(-load_E // size)
     last_E = jnp.cumsum(blocks_E)
