@@ -1,9 +1,8 @@
-"""Softmax attention where nobody looks at scores or weights: all keys at once, or over chunks of keys.
+"""Softmax attention: over all keys at once, or over chunks of keys where nobody looks at scores and pattern.
 
-    weights = exp(scores - max);  z = (weights . values) / sum(weights)
-
-Scores and weights are written once each. Over chunks, (max, sum, weights . values) of two sets of keys merge into those
-of their union: the online softmax of arXiv 1805.02867, in plain JAX, for any head size, differentiable in both modes.
+Of a set of keys, (max, sum, weights . values) with weights = exp(scores - max) is enough: those of two sets merge into
+those of their union, and z = weights . values / sum. This is the online softmax of arXiv 1805.02867, here in plain JAX,
+for any head size, differentiable in both modes.
 
 Two other ways, left out. cuDNN's fused kernel takes heads up to 256 wide, so no full layer; it asks for the live device
 while tracing, so its programs cannot be compiled elsewhere, and it has no forward mode. Canvas keys written into spare
@@ -13,7 +12,9 @@ for a second copy of the cache; beyond `AT_ONCE` nothing is joined at all.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ from dgemma_jax.nn.masks import Sight
 AT_ONCE = 8192 + 2048  # keys; with more of them scores of [queries, keys] would be the largest thing in memory
 CHUNK = 2048  # keys
 ALIGNED = 8  # keys: matrix units take rows of whole 16 bytes
+
+Look = Callable[[jax.Array], jax.Array]  # gives back what it is shown, or something in its place
 
 
 class _Part(NamedTuple):
@@ -43,29 +46,51 @@ def attend(q_BNTH: jax.Array, cached: LayerCache, own: LayerCache, sight: Sight)
         cached, own: keys and values [B, K, S, H] of the cache, and of this call.
         sight: over the keys of both, in this order.
     """
-    batch, heads, length, size = q_BNTH.shape
-    kv_heads, slots = cached.k.shape[1:3]
-    # The G queries that share a key head and the T tokens form one axis: one plain matrix product a key head.
-    q_BKRH = q_BNTH.reshape(batch, kv_heads, heads // kv_heads * length, size)
-    if slots + own.k.shape[2] > AT_ONCE:
-        part = _over_chunks(_nothing(q_BKRH), q_BKRH, cached, sight.of(0, slots))
-        part = _over_chunks(part, q_BKRH, own, sight.of(slots, own.k.shape[2]))
-        z_BKRH = part.product / part.total
-    else:
-        z_BKRH = _at_once(q_BKRH, *_joined(cached, own, sight))
-    return z_BKRH.astype(cached.v.dtype).reshape(batch, heads, length, size)
+    slots, more = cached.k.shape[2], own.k.shape[2]
+    if slots + more <= AT_ONCE:
+        aligned = 1 if cached.k.dtype == jnp.float32 else ALIGNED
+        return at_once(q_BNTH, cached, own, sight, spare=-(slots + more) % aligned)
+    q_BKRH = _by_key_head(q_BNTH, cached)
+    part = _over_chunks(_nothing(q_BKRH), q_BKRH, cached, sight.of(0, slots))
+    part = _over_chunks(part, q_BKRH, own, sight.of(slots, more))
+    return (part.product / part.total).astype(cached.v.dtype).reshape(q_BNTH.shape)
 
 
-def _joined(cached: LayerCache, own: LayerCache, sight: Sight) -> tuple[LayerCache, Sight]:
-    """All keys in one array, with unseen ones up to a multiple of `ALIGNED`."""
-    spare = -(cached.k.shape[2] + own.k.shape[2]) % ALIGNED
+def at_once(
+    q_BNTH: jax.Array, cached: LayerCache, own: LayerCache, sight: Sight, *, spare: int = 0,
+    on_scores: Look = lambda x: x, on_pattern: Look = lambda x: x,
+) -> jax.Array:  # fmt: skip
+    """`attend` over all keys together, which shows scores and pattern [B, N, T, S + spare] float32 to two functions.
+
+    Args:
+        spare: this many keys more, which nobody sees.
+    """
 
     def join(left_BKSH: jax.Array, right_BKSH: jax.Array) -> jax.Array:
         zeros = jnp.zeros((*left_BKSH.shape[:2], spare, left_BKSH.shape[3]), left_BKSH.dtype)
         return jnp.concatenate([left_BKSH, right_BKSH, zeros], 2)
 
-    key_BS = jnp.pad(sight.key_BS, ((0, 0), (0, spare)), constant_values=-1)
-    return LayerCache(join(cached.k, own.k), join(cached.v, own.v)), Sight(sight.query_BT, key_BS, sight.window)
+    k_BKSH, v_BKSH = join(cached.k, own.k), join(cached.v, own.v)
+    sight = dataclasses.replace(sight, key_BS=jnp.pad(sight.key_BS, ((0, 0), (0, spare)), constant_values=-1))
+    scores_BKRS = _scores(_by_key_head(q_BNTH, cached), k_BKSH, sight)
+    scores_BNTS = on_scores(scores_BKRS.reshape(*q_BNTH.shape[:3], -1))
+    pattern_BNTS = on_pattern(_softmax(scores_BNTS, v_BKSH.dtype))
+    pattern_BKRS = pattern_BNTS.astype(v_BKSH.dtype).reshape(scores_BKRS.shape)
+    return jnp.einsum("bkrs,bksh->bkrh", pattern_BKRS, v_BKSH).reshape(q_BNTH.shape)
+
+
+def _softmax(scores: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Over the last axis, float32, about to be rounded to `dtype`."""
+    if dtype == jnp.float32:
+        return jax.nn.softmax(scores, -1)
+    # `softmax` would have XLA write its exponentials in float32, for two readers. On CPU this is slower.
+    return jnp.exp(scores - jax.nn.logsumexp(scores, -1, keepdims=True))
+
+
+def _by_key_head(q_BNTH: jax.Array, keys: LayerCache) -> jax.Array:
+    """The G queries that share a key head and the T tokens as one axis: one plain matrix product a key head."""
+    batch, _, _, size = q_BNTH.shape
+    return q_BNTH.reshape(batch, keys.k.shape[1], -1, size)
 
 
 def _scores(q_BKRH: jax.Array, k_BKSH: jax.Array, sight: Sight) -> jax.Array:
@@ -74,16 +99,6 @@ def _scores(q_BKRH: jax.Array, k_BKSH: jax.Array, sight: Sight) -> jax.Array:
     mask_BTS = sight.mask()
     by_token = scores_BKRS.reshape(*scores_BKRS.shape[:2], -1, *mask_BTS.shape[1:])
     return jnp.where(mask_BTS[:, None, None], by_token, jnp.finfo(jnp.float32).min).reshape(scores_BKRS.shape)
-
-
-def _at_once(q_BKRH: jax.Array, keys: LayerCache, sight: Sight) -> jax.Array:
-    if keys.v.dtype == jnp.float32:
-        part = _part(q_BKRH, keys, sight)
-        return part.product / part.total
-    scores_BKRS = _scores(q_BKRH, keys.k, sight)
-    # Rounded after the division, as in `transformers`. Not `softmax`: XLA would write its exponentials, in float32.
-    weights_BKRS = jnp.exp(scores_BKRS - jax.nn.logsumexp(scores_BKRS, -1, keepdims=True)).astype(keys.v.dtype)
-    return jnp.einsum("bkrs,bksh->bkrh", weights_BKRS, keys.v)
 
 
 def _part(q_BKRH: jax.Array, keys: LayerCache, sight: Sight) -> _Part:

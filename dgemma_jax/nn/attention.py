@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dgemma_jax.nn import rope
-from dgemma_jax.nn.attend import attend
+from dgemma_jax.nn.attend import at_once, attend
 from dgemma_jax.nn.cache import LayerCache
 from dgemma_jax.nn.layers import RMSNorm, normal
 from dgemma_jax.nn.masks import Sight
@@ -56,25 +56,15 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, positions_BT)
         q_BNTH = q_BTNH.swapaxes(1, 2)
         own = LayerCache(k_BTKH.swapaxes(1, 2).astype(cache.k.dtype), v_BTKH.swapaxes(1, 2).astype(cache.v.dtype))
-        form = self._open if is_open(self.site_scores) or is_open(self.site_pattern) else attend
-        z_BTNH = form(q_BNTH, cache, own, sight).swapaxes(1, 2)
+        if is_open(self.site_scores) or is_open(self.site_pattern):
+            show = {"on_scores": self.site_scores, "on_pattern": self.site_pattern}
+            z_BNTH = at_once(q_BNTH, cache, own, sight, **show)
+        else:
+            z_BNTH = attend(q_BNTH, cache, own, sight)
+        z_BTNH = z_BNTH.swapaxes(1, 2)
         # Summed letters (g are the heads) in alphabetical order: einsum takes them so, and would turn the weight else.
         out_BTD = contract("btgh,dgh->btd", self.site_z(z_BTNH), self.o)
         return self.site_out(out_BTD), k_BTKH, v_BTKH
-
-    def _open(self, q_BNTH: jax.Array, cached: LayerCache, own: LayerCache, sight: Sight) -> jax.Array:
-        """`attend` with scores and pattern where the sites see them, whole."""
-        k_BKSH, v_BKSH = (jnp.concatenate(pair, 2) for pair in ((cached.k, own.k), (cached.v, own.v)))
-        batch, heads, length, size = q_BNTH.shape
-        kv_heads, slots = k_BKSH.shape[1:3]
-        rows = (batch, kv_heads, heads // kv_heads * length)
-        q_BKRH = q_BNTH.reshape(*rows, size)
-        scores = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
-        scores_BNTS = scores.reshape(batch, heads, length, slots)
-        scores_BNTS = jnp.where(sight.mask()[:, None], scores_BNTS, jnp.finfo(jnp.float32).min)
-        pattern_BNTS = self.site_pattern(jax.nn.softmax(self.site_scores(scores_BNTS), -1))
-        pattern = pattern_BNTS.astype(v_BKSH.dtype).reshape(*rows, slots)
-        return jnp.einsum("bkrs,bksh->bkrh", pattern, v_BKSH).reshape(batch, heads, length, size)
 
     def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, N, H], keys and values [B, T, K, H] of normed input [B, T, D]; queries and keys rotated."""
