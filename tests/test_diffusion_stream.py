@@ -216,6 +216,9 @@ def test_rows_gone_and_rows_kept(scripted, alone, tmp_path, monkeypatch):
     for number, one in found:
         alike(one, alone[number])
     assert found[0][1].trajectory.moment(0, 1).step == 1
+    programs = loop._while._cache_size()
+    assert [n for n, _ in dg.stream(scripted, directory=tmp_path / "job", **job)] == list(range(24))
+    assert loop._while._cache_size() == programs  # nothing was left to run
     with pytest.raises(ValueError, match=r"another job \(seeds differ\); give another directory"):
         dg.stream(scripted, directory=tmp_path / "job", **job | {"seed": 5})
     changed = dataclasses.replace(scripted, script=scripted.script + 1)

@@ -233,6 +233,8 @@ def _results(work: _Work, kept: KeptRows | None) -> Iterator[tuple[int, lockstep
 
 def _finished(work: _Work, numbers: Sequence[int]) -> Iterator[_Row]:
     """Run the prompts of these numbers; rows in the order in which they finish."""
+    if not numbers:
+        return
     model, config, waiting = work.model, work.model.config, collections.deque(numbers)
     count = min(work.rows, len(waiting))
     places: list[_Row | None] = [None] * count
