@@ -89,13 +89,15 @@ def study(
     about = manifest.described(bundle, given, sampler, settings)
     if share.writes:
         manifest.claim(out, about)
+        if share.hosts == 1:
+            manifest.clear(out)
     if not (out / ROWS).exists():
         record = statistics_table.record_for(bundle, chosen.values())
         plan = batches.planned([len(row.ids) for row in rows], size)
         paths = [out / "parts" / f"{number:05d}.npz" for number in range(len(plan))]
         mine, absent = share.mine(range(len(plan))), share.absent(paths)
         if share.writes:
-            manifest.clear(out, None if share.hosts == 1 else mine)
+            manifest.clear(out, mine)
             (out / "parts").mkdir(exist_ok=True)
         with bar(f"study {name}", sum(len(plan[number]) for number in mine), progress, "generations") as done:
             for number in mine:
@@ -105,8 +107,8 @@ def study(
                     made = dg.generate(
                         bundle, [row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record
                     )  # fmt: skip
+                    found = _said(part, made, grade) | statistics_table.measured(bundle, made, chosen.values())
                     if share.writes:
-                        found = _said(part, made, grade) | statistics_table.measured(bundle, made, chosen.values())
                         columns.write(paths[number], {name: v[: len(own)] for name, v in found.items()})
                 done(len(own))
         share.meet()
