@@ -110,4 +110,4 @@ def test_two_processes_hold_one_model(hf, bundle, whole, tmp_path):
     assert files(tmp_path / "shared") == files(whole)
     experts = sum(layer.experts.gate_up.nbytes + layer.experts.down.nbytes for layer in bundle.model.layers)
     for _, some, _, every, *_ in said:
-        assert int(every) - int(some) > 0.4 * experts, "half of them, packed"
+        assert int(every) - int(some) > 0.25 * experts, "half of them; small pieces are read with their neighbours"
