@@ -23,8 +23,10 @@ def bundle(config):
     return dg.Bundle(config, initialize(config), None, sampler)
 
 
-def mesh(kind=AxisType.Explicit, **axes):
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+def mesh(devices=None, **axes):
+    """As `jax.make_mesh` makes them unless told: with explicit axes."""
+    explicit = (AxisType.Explicit,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=explicit, devices=devices)
 
 
 def same(a, b, atol=1e-5):
@@ -42,23 +44,20 @@ def step(bundle, prompts):
 
 
 def generation():
-    for config, rows, axes in [
-        (EVEN, PROMPTS * 3, dict(data=8)),  # nine rows over eight
-        (EVEN, PROMPTS[:2], dict(data=2, expert=2, tensor=2)),
-        (ODD, PROMPTS, dict(data=2, tensor=4)),
-        (ODD, PROMPTS, dict(expert=3, data=2)),
+    for config, prompts, over in [
+        (EVEN, PROMPTS * 3, mesh(data=8)),  # nine rows over eight
+        (ODD, PROMPTS, mesh(data=2, tensor=4)),
+        (ODD, PROMPTS, mesh(jax.devices()[:6], expert=3, data=2)),
     ]:
         one = bundle(config)
-        many = one.on(jax.sharding.Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("expert", "data"))
-                      if "expert" in axes and axes["expert"] == 3 else mesh(**axes))  # fmt: skip
-        same(step(one, rows), step(many, rows))
-        options = dict(seed=list(range(len(rows))), max_new_tokens=config.canvas_length + 1)
-        a, b = dg.generate(one, rows, **options), dg.generate(many, rows, **options)
+        many = one.on(over)
+        same(step(one, prompts), step(many, prompts))
+        options = dict(seed=list(range(len(prompts))), max_new_tokens=config.canvas_length + 1)
+        a, b = dg.generate(one, prompts, **options), dg.generate(many, prompts, **options)
         assert (a.tokens == b.tokens).all() and (a.num_steps == b.num_steps).all()
         same(a.trajectory.entropy, b.trajectory.entropy, 1e-3)  # rounding grows from step to step
-        moment = b.trajectory.moment(1, 1)
-        assert (dg.resume(many, moment).tokens == b.tokens).all()
-        print("equal", axes)
+        print("equal", over.shape)
+    assert (dg.resume(many, b.trajectory.moment(1, 1)).tokens == b.tokens).all()
 
 
 def rows():

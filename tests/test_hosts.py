@@ -97,7 +97,7 @@ def test_two_processes_hold_one_model(hf, bundle, whole, tmp_path):
     leaves = trees.leaves(bundle.model)
     place = ("layers", 0, "experts", "gate_up")
     broken = leaves | {place: leaves[place].at[-1, 0, 0].set(np.inf)}  # lies with process 1
-    dg.save(bundle.with_model(trees.replace(bundle.model, broken)), tmp_path / "bad")
+    dg.save(bundle.with_model(trees.replace(bundle.model, broken)), tmp_path / "bad", check_finite=False)
     alone = dg.generate(bundle, [[5, 6, 7], [9, 10]], seed=[3, 4], max_new_tokens=9)
     np.save(tmp_path / "alone.npy", alone.tokens)
     with socket.socket() as free:
@@ -108,5 +108,6 @@ def test_two_processes_hold_one_model(hf, bundle, whole, tmp_path):
     together, one = (interp.Study.load(where) for where in (tmp_path / "together", whole))
     assert together["text"] == one["text"] and together["id"] == one["id"]  # floats are summed in another order
     assert files(tmp_path / "shared") == files(whole)
-    stored = sum(p.stat().st_size for p in Path(tmp_path / "orbax").rglob("*") if p.is_file())
-    assert all(int(words[1]) < 0.9 * stored for words in said), (said, stored)
+    experts = sum(layer.experts.gate_up.nbytes + layer.experts.down.nbytes for layer in bundle.model.layers)
+    for _, some, _, every, *_ in said:
+        assert int(every) - int(some) > 0.25 * experts, "half of them; small pieces are read with their neighbours"

@@ -95,6 +95,10 @@ def save_orbax(
             settings.write(stage, config, sampler, stored, packed)
             if tokenizer is not None:
                 tokenizer.save(stage)
+    if jax.process_count() > 1:  # all return when the checkpoint is in its place
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("saved")
 
 
 def _saving(leaves: Mapping[trees.Path, Any]) -> Any:

@@ -82,7 +82,7 @@ def _keys(now: Any, there: Any) -> list[str]:
 
 
 def clear(out: Path, numbers: Iterable[int] | None = None) -> None:
-    """Take away what a run that was killed had half written; of these parts alone, if other hosts are at work."""
+    """Take away what a run that was killed had half written; of these parts alone where other hosts are at work."""
     if numbers is not None:
         for number in numbers:
             for left in (out / "parts").glob(f"{number:05d}.*.part.npz"):

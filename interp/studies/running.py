@@ -92,13 +92,15 @@ def study(
     about = manifest.described(bundle, given, sampler, settings)
     if share.writes:
         manifest.claim(out, about)
+        if share.hosts == 1:
+            manifest.clear(out)
     if not (out / ROWS).exists():
         record = statistics_table.record_for(bundle, chosen.values())
         plan = batches.planned([len(row.ids) for row in rows], BATCHES_A_PART * size)
         paths = [out / "parts" / f"{number:05d}.npz" for number in range(len(plan))]
         mine, absent = share.mine(range(len(plan))), share.absent(paths)
         if share.writes:
-            manifest.clear(out, None if share.hosts == 1 else mine)
+            manifest.clear(out, mine)
             (out / "parts").mkdir(exist_ok=True)
         with bar(f"study {name}", sum(len(plan[number]) for number in mine), progress, "generations") as done:
             for number in mine:
