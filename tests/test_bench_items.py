@@ -66,6 +66,8 @@ def test_the_work_fits_the_model():
     fitted = work.Work.of("medium", config, "bfloat16")
     assert fitted.contexts == fitted.prefills == (28,) and fitted.dtype == "bfloat16"
     assert work.Work.of("release").contexts[0] == 4096
+    config, dtype = run._of_model("nano")
+    assert config.canvas_length == 24 and dtype == "float32"
     with pytest.raises(ValueError, match="unknown size 'large'; known are tiny, medium, release"):
         work.Work.of("large")
 
@@ -108,10 +110,10 @@ def test_a_line_that_was_cut_off_is_left_out_and_overwritten(tmp_path):
     path = tmp_path / "deep" / "r.jsonl"
     assert lines.read(path).header is None
     lines.append(path, {"header": {"size": "tiny"}})
-    lines.append(path, {"item": "a", "rows": []})
+    lines.append(path, {"item": "a", "rows": [], "peak_gb": 1.5})
     with open(path, "ab") as file:
         file.write(b'{"item": "b", "ro')
-    assert list(lines.read(path).items) == ["a"]
+    assert list(lines.read(path).items) == ["a"] and lines.read(path).peak_gb == {"a": 1.5}
     lines.append(path, {"begin": "c", "by": "x"})
     assert lines.read(path).begun == ("c", "x")
     path.write_text('{"header": {}}\n{"ite\n{"item": "a", "rows": []}\n')

@@ -5,7 +5,7 @@
 | {"header": {...}} | first line: what is measured, where, with which versions |
 | {"begin": item, "by": who} | this is being tried; if it is the last line, the process was cut off there |
 | {"died": item, "by": who, "why": text} | this ended the process; it is not tried again |
-| {"item": name, "rows": [...]} | the item has ended |
+| {"item": name, "rows": [...], "peak_gb": GB} | the item has ended |
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ class Lines:
         items: finished items by name, in order: their rows.
         died: (item, who) that ended the process, and why; who is "" where the whole item did.
         begun: (item, who) of the last line, if it is a beginning.
+        peak_gb: most that the device had held when an item ended, where it says.
     """
 
     header: dict[str, Any] | None
     items: dict[str, list[dict[str, Any]]]
     died: dict[tuple[str, str], str]
     begun: tuple[str, str] | None
+    peak_gb: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def read(path: Path) -> Lines:
@@ -61,6 +63,7 @@ def _with(found: Lines, line: dict[str, Any], first: bool) -> Lines:
         found.died[line["died"], line["by"]] = line["why"]
     else:
         found.items[line["item"]] = line["rows"]
+        found.peak_gb.update({line["item"]: line["peak_gb"]} if "peak_gb" in line else {})
     return dataclasses.replace(found, begun=begun)
 
 

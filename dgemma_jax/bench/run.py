@@ -180,13 +180,18 @@ def _one_line(error: Exception) -> str:
 
 
 def _of_model(source: str | None) -> tuple[Any, ...]:
-    """Configuration and dtype of a checkpoint."""
+    """Configuration and dtype of a checkpoint, without its weights."""
     if source is None:
         return ()
-    from dgemma_jax.bundle import load
+    from dgemma_jax.bundle import locate
+    from dgemma_jax.weights import hf, orbax, settings
 
-    bundle = load(source)
-    return bundle.config, str(bundle.model.dtype)
+    directory = locate(source)
+    if packed := settings.read_packed(directory):
+        raise ValueError(f"{source} holds weights in {packed['form']}; the benchmark runs on plain ones")
+    if orbax.root(directory) is not None:
+        return orbax.read_config(directory), str(orbax.stored_dtype(directory))
+    return settings.read_config(directory), str(hf.stored_dtype(hf.find(directory)))
 
 
 def _header(size: str, model: str | None, dtype: str, names: list[str]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def scaling(found: Lines) -> Table:
 
 
 def ratios(found: Lines) -> list[str]:
-    """Diffusion against autoregression, and ours against `transformers`, as sentences."""
+    """Diffusion against autoregression, ours against `transformers`, and memory, as sentences."""
     said = []
     for item, group in found.items.items():
         median = {row["by"]: statistics.median(row["seconds"]) for row in group if "error" not in row}
@@ -94,6 +94,9 @@ def ratios(found: Lines) -> list[str]:
         if peers and "dgemma_jax" in median:
             fastest = min(peers, key=peers.get)
             said.append(f"{item}: {peers[fastest] / median['dgemma_jax']:.2f} x the speed of {fastest}")
+    if found.peak_gb:
+        peaks = ", ".join(f"{item} {held:.1f}" for item, held in found.peak_gb.items())
+        said.append(f"most memory held on the device by the end of an item, GB: {peaks}")
     return said
 
 
