@@ -37,7 +37,7 @@ class Program:
         batch: rows.
         record: "nothing" or "default".
         weights: None for bfloat16, or a format of packed weights.
-        spread: whether the experts are split over all chips of the target.
+        spread: whether the weights are split over all chips of the target.
     """
 
     kind: str
@@ -82,7 +82,7 @@ def build(target: str, name: str, config: ModelConfig | None = None) -> tuple[An
     if not program.spread:
         chip = SingleDeviceSharding(chips[0])
         return function, (_laid(model, chip), *(_laid(a, chip) for a in args)), keywords
-    mesh = Mesh(chips, ("expert",))
+    mesh = Mesh(chips, ("tensor",))  # experts lie along it too
     where, whole = sharding.shardings(model, mesh), NamedSharding(mesh, PartitionSpec())
     split = {path: _laid(leaf, where[path]) for path, leaf in trees.leaves(model).items()}
     return function, (trees.replace(model, split), *(_laid(a, whole) for a in args)), keywords
