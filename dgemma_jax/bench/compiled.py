@@ -52,11 +52,17 @@ def figures(target: str, name: str) -> dict[str, Any]:
 
 def _one(target: str, name: str) -> dict[str, Any]:
     """`figures` in this process, whose environment must be that of the target."""
+    from dgemma_jax.bench import programs
+
+    return read(target, name, *programs.build(target, name))
+
+
+def read(target: str, name: str, function: Any, args: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """`figures` of a jitted function, in a process whose environment is that of the target."""
     import jax
 
-    from dgemma_jax.bench import hlo, programs
+    from dgemma_jax.bench import hlo
 
-    function, args, keywords = programs.build(target, name)
     start = time.perf_counter()
     lowered = function.trace(*args, **keywords).lower(lowering_platforms=(targets.platform(target),))
     middle = time.perf_counter()

@@ -81,14 +81,14 @@ def build(target: str, name: str, config: ModelConfig | None = None) -> tuple[An
     chips = targets.devices(target)
     if not program.spread:
         chip = SingleDeviceSharding(chips[0])
-        return function, (_laid(model, chip), *(_laid(a, chip) for a in args)), keywords
+        return function, (laid(model, chip), *(laid(a, chip) for a in args)), keywords
     mesh = Mesh(chips, ("tensor",))  # experts lie along it too
     where, whole = sharding.shardings(model, mesh), NamedSharding(mesh, PartitionSpec())
-    split = {path: _laid(leaf, where[path]) for path, leaf in trees.leaves(model).items()}
-    return function, (trees.replace(model, split), *(_laid(a, whole) for a in args)), keywords
+    split = {path: laid(leaf, where[path]) for path, leaf in trees.leaves(model).items()}
+    return function, (trees.replace(model, split), *(laid(a, whole) for a in args)), keywords
 
 
-def _laid(tree: Any, where: jax.sharding.Sharding) -> Any:
+def laid(tree: Any, where: jax.sharding.Sharding) -> Any:
     """The shapes of a tree on devices; what is no array stays as it is."""
 
     def on(x: Any) -> Any:
