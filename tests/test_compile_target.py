@@ -110,8 +110,8 @@ def test_four_bits_fit_an_l4():
 
 @pytest.mark.slow
 def test_one_tpu_v5p():
-    """The ragged product is native there, as long as the weights lie as it wants them."""
-    at_most(figures("v5p", "steps-ragged"), temporaries=0.8e9, tflop=4)
+    """The ragged product is native there, as long as the weights lie as it wants them: else 31 GB of turned copies."""
+    at_most(figures("v5p", "steps-ragged"), temporaries=1.7e9, tflop=2.8)
 
 
 @pytest.mark.slow
