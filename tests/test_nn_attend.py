@@ -74,7 +74,7 @@ def test_chunks_differentiate_and_map_as_all_keys_at_once(monkeypatch):
     expected = outcomes()
     monkeypatch.setattr(attend, "AT_ONCE", 0)
     monkeypatch.setattr(attend, "CHUNK", 4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), outcomes(), expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), outcomes(), expected)
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 0.1
 
 
