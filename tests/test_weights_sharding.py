@@ -12,12 +12,16 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
-from test_weights_hf import CONFIG, assert_same, bundle_of, random_model
+import test_weights_hf
+from test_weights_hf import bundle_of, random_model
 from test_weights_orbax import googles, one_scalar, write
 from pathlib import Path
 from dgemma_jax import bundle as bundles
 from dgemma_jax.config import ModelConfig
 from dgemma_jax.weights import hf
+
+def assert_same(one, other):  # but for the mesh, which the models know
+    test_weights_hf.assert_same(jax.tree.leaves(one), jax.tree.leaves(other))
 
 out = Path(sys.argv[1])
 config = ModelConfig.tiny(num_experts=8)
