@@ -217,8 +217,8 @@ def sampler(lab: Lab) -> list[Contestant]:
     @jax.jit
     def run(logits, state, settings):
         free = types.SimpleNamespace(
-            config=config, dtype=state.soft.dtype, mesh=None, embedder=None, denoise=lambda *_: logits, unembed=lambda x: x,
-            shaped_logits=lambda x: x, canvas=lambda x: x, soft_embed=lambda _: state.soft,
+            config=config, dtype=state.soft.dtype, mesh=None, embedder=None, denoise=lambda *_: logits,
+            unembed=lambda x: x, shaped_logits=lambda x: x, canvas=lambda x: x, soft_embed=lambda _: state.soft,
         )  # fmt: skip
         cache = types.SimpleNamespace(length=jnp.zeros(1, jnp.int32))
         return sampling.denoise_step(free, state, cache, settings)[0]
