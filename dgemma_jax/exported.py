@@ -302,6 +302,9 @@ def _plain(value: Any) -> Any:
 
 
 def _check_plain(model: Any) -> None:
+    if getattr(model, "mesh", None) is not None:
+        raise ValueError("the model lies on a mesh; programs are exported for one device: load it without mesh")
+
     def contextual(node: Any) -> bool:
         return isinstance(node, sites.Contextual)
 

@@ -177,7 +177,7 @@ def attention(lab: Lab, kind: str, context: int) -> list[Contestant]:
 
         same = types.SimpleNamespace(
             config=config, embedder=embedder, canvas_embed=lambda x: x, self_conditioning=lambda _, soft: soft,
-            layers=[layer], final_norm=lambda x: x, moe="auto",
+            layers=[layer], final_norm=lambda x: x, moe="auto", mesh=None,
         )  # fmt: skip
         layer.denoise_scalar = jnp.ones(1)
         return Transformer.denoise(same, canvas, cache, x)
@@ -217,8 +217,8 @@ def sampler(lab: Lab) -> list[Contestant]:
     @jax.jit
     def run(logits, state, settings):
         free = types.SimpleNamespace(
-            config=config, dtype=state.soft.dtype, embedder=None, denoise=lambda *_: logits, unembed=lambda x: x,
-            shaped_logits=lambda x: x, canvas=lambda x: x, soft_embed=lambda _: state.soft,
+            config=config, dtype=state.soft.dtype, mesh=None, embedder=None, denoise=lambda *_: logits,
+            unembed=lambda x: x, shaped_logits=lambda x: x, canvas=lambda x: x, soft_embed=lambda _: state.soft,
         )  # fmt: skip
         cache = types.SimpleNamespace(length=jnp.zeros(1, jnp.int32))
         return sampling.denoise_step(free, state, cache, settings)[0]
