@@ -20,7 +20,7 @@ import dgemma_jax as dg
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.generate import bucket
-from dgemma_jax.diffusion.packed import generate_packed
+from dgemma_jax.diffusion.many import generate_many
 from dgemma_jax.nn.functional import of
 from interp.editing import rewrapped
 from interp.safety.verdicts import Rule
@@ -137,7 +137,7 @@ def watched_runs(
 
     settings = inputs.parts(bundle)[2] if sampler is None else sampler
     if blocks == 1:
-        told = generate_packed(model_of, ids, seeds, groups, settings, record)
+        told = generate_many(model_of, ids, seeds, groups, settings, record)
     else:
         told = _in_whole_batches(model_of, ids, seeds, groups, settings, record, wanted)
     found: list[Any] = [None] * len(ids)

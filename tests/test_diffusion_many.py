@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 
 import dgemma_jax as dg
-from dgemma_jax.diffusion.packed import generate_packed
+from dgemma_jax.diffusion.many import generate_many
 
 
 def _margin(view):
     return {"first": view.logits[:, 0, 7]}
 
 
-def test_packing_changes_nothing(organism):
+def test_many_rows_say_what_they_say_alone(organism):
     bundle = dg.load(organism)
     sampler = dg.SamplerConfig(max_denoising_steps=6, entropy_bound=3.0, confidence_threshold=4.5,
                                stability_threshold=0, eos_token_ids=bundle.config.eos_token_ids)  # fmt: skip
@@ -33,7 +33,7 @@ def test_packing_changes_nothing(organism):
     ]
     steps = [int(whole[n // 4].num_steps[n % 4]) for n in range(7)]
     assert len(set(steps)) > 1 and sum(taken > 2 for taken in steps) > 1  # some rows stop early, several do not
-    found = list(generate_packed(model_of, ids, seeds, groups, sampler, record, few=2))
+    found = list(generate_many(model_of, ids, seeds, groups, sampler, record, few=2))
     assert sorted(number for number, *_ in found) == list(range(7))
     assert sorted(n for batch in asked if len(batch) == 1 for n in batch) == [n for n in range(7) if steps[n] > 2]
     for number, out, row in found:

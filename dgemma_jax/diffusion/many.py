@@ -30,7 +30,7 @@ _NARROW = 4  # times fewer rows go on
 Numbers = Sequence[int]
 
 
-def generate_packed(
+def generate_many(
     model_of: Callable[[Numbers], Any], ids: Sequence[Sequence[int]], seeds: Sequence[int], groups: Sequence[Numbers],
     sampler: SamplerConfig, record: Record, *, few: int = FEW,
 ) -> Iterator[tuple[int, runs.Generation, int]]:  # fmt: skip
