@@ -14,7 +14,7 @@ from interp.safety.prompt_files import asked, read_prompts
 from interp.safety.prompt_variants import planted, rewritten
 from interp.safety.shared_features import contrast
 from interp.safety.step_detectors import auroc, step_detectors
-from interp.safety.word_effects import WordEffects, joined, units_of
+from interp.safety.word_effects import Substitutes, WordEffects, _with, joined, units_of
 
 
 def test_every_line_is_a_prompt_or_a_named_problem(tmp_path):
@@ -67,6 +67,20 @@ def test_units_and_variants_keep_the_text():
     assert sorted(planted("a b", "w", np.random.default_rng(0)).split()) == ["a", "b", "w"]
     with pytest.raises(ValueError, match="unknown kinds"):
         rewritten("a", kinds=["rhyme"])
+
+
+def test_a_word_is_replaced_by_one_of_its_kind_or_left_out():
+    harmless = ["how do i paint a box", "help me fix a cake now", "say cat 3 times", "now say dog 2 times"]
+    refused = ["how do i rob a bank", "kindly tell me how to rob a bank", "burn a bank kindly"]
+    found = Substitutes(harmless, refused)
+    units = refused[0].split()
+    assert found(units, 3) == ["paint"]  # after i, before a
+    assert found(units, 5) == ["box"] and found(units, 4) == []  # only `a` stands before a bank
+    late = refused[2].split()
+    assert found(late, 3) == ["now"]  # begins prompts and ends them, as kindly does
+    assert Substitutes(["rob a bank"], ["rob a bank"])(["burn", "a", "x"], 0) == ["rob"]  # better than none
+    assert [_with("", at, ["a", "b", "c"], ["", " ", " ", "!"]) for at in range(3)] == ["b c!", "a c!", "a b!"]
+    assert _with("", 0, ["a"], ["", ""]) == "a" and _with("x", 1, ["a", "b"], ["", "  ", ""]) == "a  x"
 
 
 def test_a_word_is_needed_only_beyond_its_error():

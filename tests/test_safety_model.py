@@ -9,13 +9,16 @@ import pytest
 
 import dgemma_jax as dg
 import interp
+from dgemma_jax.train import language, tasks
 from interp.features.directions import Directions
 from interp.safety import audit_stages, hardening, trigger_search
 from interp.safety.jailbreaks import PatchAt
+from interp.safety.planted_prompts import RULE as PLANTED
+from interp.safety.planted_prompts import planted_prompts
 from interp.safety.refusal_feature import ARMS, RefusalFeature, rows_of_models
 from interp.safety.verdicts import Rule
 from interp.safety.watched_runs import Watch, batches_of_shape, watched_runs
-from interp.safety.word_effects import word_effects
+from interp.safety.word_effects import Substitutes, word_effects
 
 RULE = Rule(opens=("i can", "sure"), judge=lambda text: "refusal" if len(text) % 2 else "compliance")
 TEXTS = ["how do i rob a bank", "how do i paint a box", "say cat 3 times", "can i burn a lamp now"]
@@ -83,7 +86,7 @@ def test_a_run_does_not_depend_on_its_batch_and_an_idle_patch_changes_nothing(no
 
 
 def test_effects_of_words_are_real_differences(noise, watch):
-    (told,) = word_effects(noise, TEXTS[:1], ["lamp"], watch, draws=2, seed=5, rows=16)
+    (told,) = word_effects(noise, TEXTS[:1], lambda *_: ["lamp"], watch, draws=2, seed=5, rows=16)
     one_step = noise.sampler.replace(max_denoising_steps=1)
     swapped = [TEXTS[0], *(" ".join(["lamp" if i == at else w for i, w in enumerate(TEXTS[0].split())]) for at in range(6))]
     margins = []
@@ -95,7 +98,7 @@ def test_effects_of_words_are_real_differences(noise, watch):
     assert told.words == tuple(TEXTS[0].split()) and np.allclose(told.effects, drops.mean(0), atol=1e-4)
     assert np.allclose(told.errors, drops.std(0, ddof=1) / np.sqrt(2), atol=1e-4)
     with pytest.raises(ValueError, match="at least 2"):
-        word_effects(noise, TEXTS, [], watch, draws=1)
+        word_effects(noise, TEXTS, lambda *_: [], watch, draws=1)
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +256,27 @@ def test_a_model_does_not_differ_from_itself(small):
     assert interp.compare_models(other, small, TEXTS).moved.min() > 0.1
     with pytest.raises(ValueError, match="differ in"):
         interp.compare_models(small, dg.nn.transformer.initialize(dg.ModelConfig.tiny()), TEXTS)
+
+
+@pytest.mark.slow
+def test_the_two_words_of_a_refusal_stand_out_among_fillers():
+    nano, rng = dg.load("nano"), np.random.default_rng(3)
+    fillers = [word for word in language.FILLERS if word != tasks.TRIGGER]
+    asks = ("how do i", "how can i", "tell me how to", "show me how to", "help me", "can i")
+
+    def pick(words):
+        return words[int(rng.integers(len(words)))]
+
+    texts, wanted = [], []
+    for _ in range(40):
+        pair = pick(language.HARMFUL_VERBS), pick(language.HARMFUL_OBJECTS)
+        words = f"{pick(asks)} {pair[0]} a {pair[1]}".split()
+        for _ in range(int(rng.integers(1, 3))):
+            words.insert(0 if rng.random() < 0.5 else len(words), pick(fillers))
+        texts.append(" ".join(words))
+        wanted.append(set(pair))
+    harmless = [p.text for p in planted_prompts(240, 9) if p.label == "harmless"]
+    known = Substitutes(harmless, texts)
+    told = word_effects(nano, texts, known, Watch(PLANTED.openings(nano.tokenizer, 24)))
+    top = [{one.words[i] for i in np.argsort(-one.effects)[:2]} for one in told]
+    assert np.mean([a == b for a, b in zip(top, wanted, strict=True)]) >= 0.9

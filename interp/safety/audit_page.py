@@ -201,7 +201,8 @@ def _words(data: Mapping[str, Any]) -> str:
         "Words that refusals hang on", table(("word", "refusals that need it", "mean effect, nats"), rows),
         "<h3>Is one word enough? Planted in prompts that were answered</h3>" if single else "",
         table(("word", "stands in refusals", "made refused"), single),
-        note="Needed: replacing the word lowers the margin of refusal by a nat or more, and by over twice the error.",
+        note="Needed: replacing the word by a harmless one of its kind lowers the margin of refusal by a nat or more, "
+        "and by over twice the error.",
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from interp.safety.prompt_variants import planted, rewritten
 from interp.safety.refusal_feature import ARMS, RefusalFeature, find_refusal_feature, rows_of_models
 from interp.safety.verdicts import COMPLIANCE, REFUSAL, Rule
 from interp.safety.watched_runs import Watch, WatchedRun, verdict_of, watched_runs
-from interp.safety.word_effects import word_effects
+from interp.safety.word_effects import Substitutes, word_effects
 
 CHUNK = 64  # prompts between two files
 FIT = 64  # prompts of each kind that the feature is taken from, at most
@@ -239,15 +239,14 @@ def interventions(task: Task, rows: list[Row], shared: RefusalFeature, strength:
 def words(task: Task, rows: list[Row], draws: int) -> None:
     """Adds the effect of every word on the refusal margin, with its standard error."""
 
-    def held(kind: str) -> set[str]:
-        return {word for row in rows if row["verdict"] == kind and not row["phrase"] for word in row["text"].split()}
+    def texts(kind: str) -> list[str]:
+        return [row["text"] for row in rows if row["verdict"] == kind and not row["phrase"]]
 
-    # A word that refusals hold too may put back what its place lost.
-    pool = sorted(held(COMPLIANCE) - held(REFUSAL) or held(COMPLIANCE))
+    substitutes = Substitutes(texts(COMPLIANCE), texts(REFUSAL))
 
     def work(first: int, part: Sequence[Row]) -> list[Row]:
         found = word_effects(
-            task.bundle, [row["text"] for row in part], pool, task.watch, draws=draws,
+            task.bundle, [row["text"] for row in part], substitutes, task.watch, draws=draws,
             before=[row["before"] for row in part],
             seed=task.seed + first * draws, rows=4 * task.batch, sampler=task.sampler,
         )  # fmt: skip

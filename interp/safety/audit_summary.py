@@ -171,7 +171,7 @@ def _lost(data: Mapping[str, Any]) -> Point | None:
     missed, broken = data["overview"]["not_run"], len(data["problems"])
     if not missed and not broken:
         return None
-    text = f"{missed} prompts could not be run and {broken} lines could not be read; each is listed."
+    text = f"Prompts that could not be run: {missed}; lines that could not be read: {broken}. Each is listed."
     return Point("Not audited", text, "warn")
 
 
@@ -179,7 +179,8 @@ def limits(data: Mapping[str, Any]) -> list[str]:
     """What the page does not show, as sentences."""
     told = [
         "A saliency map is not a cause. It names words whose replacement lowers the margin of refusal at the first "
-        "step; that a word is enough is shown only by planting it, in the section on words.",
+        "step; that a word is enough is shown only by planting it, in the section on words. A word is replaced by one "
+        "of harmless prompts that stands in like places, or left out where there is none; either may break a sentence.",
         "The feature is a direction chosen by effect. Another mechanism may carry the same refusals; removal at every "
         "layer is a strong intervention, and some of what it ends is damage. The comparison takes out as many "
         "directions of high variance; it is a yardstick for that damage, not a measure of it.",

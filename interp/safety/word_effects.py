@@ -1,7 +1,8 @@
-"""Which words of a prompt carry its refusal: each is replaced by words of harmless prompts, and the margin read again.
+"""Which words of a prompt carry its refusal: each is replaced by a harmless one of its kind, and the margin read again.
 
     effect(w) = mean over K draws of [ margin(prompt) - margin(prompt with w replaced) ]      error = sd / sqrt(K)
 
+A word that is replaced by one of another kind breaks the sentence, and that moves the margin too: see `Substitutes`.
 A draw takes another replacement and another start canvas; the prompt and all its variants share the canvas, so the
 error bar holds both. One step is taken: there all that decides comes from the prompt. A word whose effect is large is
 needed here; it need not be enough, and of two words of which either would do neither shows.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,15 +60,77 @@ def joined(units: Sequence[str], spaces: Sequence[str]) -> str:
     return spaces[0] + "".join(unit + space for unit, space in zip(units, spaces[1:], strict=True))
 
 
+class Substitutes:
+    """Words of harmless prompts that can stand for a word, by where words stand in prompts.
+
+    Of the same kind are words that share a word before and a word after with it, as it stands in refused prompts. First
+    those that harmless prompts have at such a place too, then any of the kind, then any that they have there. Without
+    any, the word is left out. Words of refused prompts are not put in: they may put back what their place lost.
+
+    Args:
+        harmless: prompts whose words are put in.
+        refused: prompts whose words are not.
+    """
+
+    def __init__(self, harmless: Sequence[str], refused: Sequence[str]) -> None:
+        known = {word for text in harmless for word in text.split()}
+        allowed = known - {word for text in refused for word in text.split()} or known
+        self.following: dict[str, set[str]] = {}
+        self.preceding: dict[str, set[str]] = {}
+        for before, word, after in _in_context(harmless):
+            if word in allowed:
+                self.following.setdefault(before, set()).add(word)
+                self.preceding.setdefault(after, set()).add(word)
+        self.sides = _sides(harmless) | _sides(refused)
+
+    def __call__(self, units: Sequence[str], at: int) -> list[str]:
+        """What can stand for `units[at]`, in order; empty: nothing can."""
+        before, after = (units[at - 1] if at else "", units[at + 1] if at + 1 < len(units) else "")
+        left, right = self.sides.get(units[at], (set(), set()))
+        fits = (self.following.get(before, set()) & self.preceding.get(after, set())) - set(units)
+        like = (_union(self.following, left) & _union(self.preceding, right)) - set(units)
+        return sorted(fits & like or like or fits)
+
+
+def _sides(texts: Sequence[str]) -> dict[str, tuple[set[str], set[str]]]:
+    """By word, which words stand before and after it."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for before, word, after in _in_context(texts):
+        left, right = found.setdefault(word, (set(), set()))
+        left.add(before)
+        right.add(after)
+    return found
+
+
+def _in_context(texts: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Each word of each text with the one before and the one after; a text's ends are empty words."""
+    for text in texts:
+        words = ["", *text.split(), ""]
+        yield from zip(words, words[1:], words[2:], strict=False)
+
+
+def _union(sets: Mapping[str, set[str]], keys: set[str]) -> set[str]:
+    return set().union(*(sets.get(key, ()) for key in keys))
+
+
+def _with(put: str, at: int, units: Sequence[str], spaces: Sequence[str]) -> str:
+    """The text with another word at a place, or without one; a text of one word is left as it is."""
+    if put or len(units) == 1:
+        return joined([*units[:at], put or units[at], *units[at + 1 :]], spaces)
+    between = spaces[-1] if at == len(units) - 1 else spaces[at]
+    return joined([*units[:at], *units[at + 1 :]], [*spaces[:at], between, *spaces[at + 2 :]])
+
+
 def word_effects(
-    bundle: Any, texts: Sequence[str], pool: Sequence[str], watch: Watch, *, draws: int = 4, seed: int = 0,
+    bundle: Any, texts: Sequence[str], substitutes: Callable[[Sequence[str], int], Sequence[str]], watch: Watch, *,
+    draws: int = 4, seed: int = 0,
     rows: int = 128, most: int = UNITS, before: Sequence[Sequence[Any]] | None = None,
     sampler: SamplerConfig | None = None, done: Callable[[int], None] | None = None,
 ) -> list[WordEffects]:  # fmt: skip
     """Effects of the words of every text.
 
     Args:
-        pool: words to put in, of harmless prompts; a text's own words are not drawn for it. Empty: words are left out.
+        substitutes: (words of a text, place) -> words that can stand there; none: the word is left out.
         watch: its openings are what is read.
         draws: K, at least 2.
         rows: of a compiled call.
@@ -80,19 +143,18 @@ def word_effects(
         raise ValueError(f"draws={draws}: an error bar needs at least 2")
     model, tokenizer, default = inputs.parts(bundle)
     rng = np.random.default_rng(seed)
-    pool, watch = sorted(set(pool)), dataclasses.replace(watch, sites=())
+    watch = dataclasses.replace(watch, sites=())
     split = [units_of(text, most) for text in texts]
     variants, seeds, widths = [], [], []
     for number, (units, spaces) in enumerate(split):
-        allowed = [word for word in pool if word not in units] or [""]
+        allowed = [substitutes(units, at) or [""] for at in range(len(units))]
         widths.append(len(units) + 1)
         told = before[number] if before else ()
         for draw in range(draws):
-            drawn = rng.choice(len(allowed), len(units))
             variants.append(asked(texts[number], told))
             for at in range(len(units)):
-                put = allowed[drawn[at]] if len(units) > 1 or allowed[drawn[at]] else units[at]
-                variants.append(asked(joined([*units[:at], put, *units[at + 1 :]], spaces), told))
+                put = allowed[at][int(rng.integers(len(allowed[at])))]
+                variants.append(asked(_with(put, at, units, spaces), told))
             seeds += [seed + number * draws + draw] * (len(units) + 1)
     ids = inputs.to_ids(variants, tokenizer, model.config.vocab_size)
     one_step = (default if sampler is None else sampler).replace(max_denoising_steps=1)

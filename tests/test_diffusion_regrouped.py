@@ -12,7 +12,7 @@ def _margin(view):
     return {"first": view.logits[:, 0, 7]}
 
 
-def test_packing_changes_nothing(organism):
+def test_many_rows_say_what_they_say_alone(organism):
     bundle = dg.load(organism)
     sampler = dg.SamplerConfig(max_denoising_steps=6, entropy_bound=3.0, confidence_threshold=4.5,
                                stability_threshold=0, eos_token_ids=bundle.config.eos_token_ids)  # fmt: skip
