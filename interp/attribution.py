@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.nn.cache import slot_positions
 from dgemma_jax.nn.functional import of
-from interp import progress
 from interp.effect_maps import EffectMap
 from interp.metrics import Metric
 from interp.paired_runs import CARRIERS, Pairs, Side, forward, kept_bytes, minus, padded, path_points, run_pairs

@@ -21,11 +21,11 @@ from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.trajectory import StopReason
 from dgemma_jax.nn.embedder import SoftEmbed
+from dgemma_jax.progress import bar
 from interp import array_files, surgery
 from interp.bottleneck import kept_at_most, token_bottleneck
 from interp.bottleneck_results import NONE, Arm, BottleneckStudy, outcome
 from interp.fingerprint import fingerprint
-from interp.progress import bar
 from interp.questions import Questions, says_exactly
 
 KS = (0, 1, 2, 4, 8, 16, 32, 64)

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.nn import sites
 from dgemma_jax.nn.functional import of
 from dgemma_jax.nn.sites import is_open
-from interp import progress
 from interp.edge_maps import EdgeMap
 from interp.metrics import Metric
 from interp.paired_runs import Side, forward, kept_bytes, minus, padded, path_points, run_pairs

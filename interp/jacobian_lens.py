@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgemma_jax import progress
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import denoise_step
 from dgemma_jax.nn.functional import of
-from interp import progress
 from interp.affine_lens import AffineLens, chosen_layers
 from interp.editing import put
 from interp.edits import Add

@@ -19,11 +19,11 @@ import numpy as np
 from flax import nnx
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.nn.functional import of
 from dgemma_jax.nn.sites import Site
-from interp import progress
 from interp.affine_lens import AffineLens, chosen_layers
 from interp.editing import put, rewrapped
 from interp.gates import table

@@ -23,9 +23,9 @@ from dgemma_jax.diffusion.sampler import State
 from dgemma_jax.nn import meshes
 from dgemma_jax.nn.cache import KVCache
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.gates import table
 from interp.metrics import Metric
-from interp.progress import bar
 
 NOTHING = -1  # the intervention that changes nothing
 

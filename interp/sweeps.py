@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.generate import prefill_prompts
@@ -26,7 +27,7 @@ from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import State, denoise_step
 from dgemma_jax.nn.cache import KVCache
 from dgemma_jax.nn.functional import of
-from interp import donors, kept_chunks, progress
+from interp import donors, kept_chunks
 from interp.effect_maps import EffectMap
 from interp.gates import table
 from interp.metrics import Metric

@@ -19,10 +19,10 @@ import numpy as np
 import optax
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.nn.functional import of
-from interp import progress
 from interp.affine_lens import AffineLens, chosen_layers, identity_lens
 from interp.editing import rewrapped
 from interp.lenses import divergence, lens_logits

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import noise
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.nn.functional import of
-from interp import progress
 from interp.captures import capture_prompt, capture_size
 from interp.editing import rewrapped
 from interp.features.activation_sets import CANVAS, COLUMNS, MANIFEST, PROMPT, ActivationSet, write_shard

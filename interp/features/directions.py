@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.nn.functional import of
-from interp import array_files, progress, steering
+from interp import array_files, steering
 from interp.affine_lens import chosen_layers
 from interp.features.pooling import pool_residuals
 from interp.features.projection import ablate_directions

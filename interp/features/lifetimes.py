@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
-from interp import array_files, progress
+from interp import array_files
 from interp.editing import rewrapped
 from interp.features.activation_sets import ActivationSet
 from interp.features.sae import SAE

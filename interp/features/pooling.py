@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.nn.functional import of
-from interp import array_files, progress
+from interp import array_files
 from interp.affine_lens import chosen_layers
 from interp.captures import capture_prompt
 from interp.editing import rewrapped

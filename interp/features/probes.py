@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from interp import progress
+from dgemma_jax import progress
 from interp.features.linear_fits import METHODS, fit_cells, score_cells
 from interp.features.pooling import CLASSES, Pooled
 from interp.features.probe_results import Probes

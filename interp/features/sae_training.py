@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from interp import progress
+from dgemma_jax import progress
 from interp.features.activation_sets import ActivationSet
 from interp.features.sae import KINDS, SAE, batch_top, count, jump, top
 

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import noise, sampler
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.nn.functional import of
-from interp import array_files, progress
+from interp import array_files
 from interp.editing import edit
 from interp.edits import Zero
 from interp.features.feature_edits import splice_sae

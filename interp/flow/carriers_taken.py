@@ -15,11 +15,11 @@ import numpy as np
 
 import dgemma_jax as dg
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp import intervals
 from interp.flow.recorded import at_last, kept, run_of_block
 from interp.flow.removal import blank_soft, noise_tokens, padded_rows, prompts_that_fit, without
 from interp.flow.saved import Saved
-from interp.progress import bar
 
 CARRIERS = ("canvas", "soft", "both")
 PLACES = ("accepted", "fluid")

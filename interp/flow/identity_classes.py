@@ -23,9 +23,9 @@ import numpy as np
 
 import dgemma_jax as dg
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.flow.recorded import Specials, content, joined, kept
 from interp.flow.saved import Saved
-from interp.progress import bar
 
 CLASSES = ("final", "adjacent", "similar", "similar to adjacent", "other")
 

@@ -19,8 +19,8 @@ import dgemma_jax as dg
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import denoise_step
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.flow.saved import Saved
-from interp.progress import bar
 from interp.rows import Rows, repeated
 
 FLOOR = 1e-5

@@ -14,12 +14,12 @@ import numpy as np
 
 import dgemma_jax as dg
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.carriers import Kill
 from interp.editing import edit
 from interp.edits import Renoise
 from interp.flow.saved import Saved
 from interp.gates import table
-from interp.progress import bar
 from interp.sweeps import rows_of
 
 ARMS = tuple((carrier, window) for carrier in ("canvas", "soft", "both") for window in ("once", "from then on"))

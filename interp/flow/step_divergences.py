@@ -15,9 +15,9 @@ import numpy as np
 import dgemma_jax as dg
 from dgemma_jax.diffusion.sampler import denoise_step
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.flow.recorded import last_of, run_of_block
 from interp.flow.step_curves import StepCurves
-from interp.progress import bar
 
 
 def divergences(

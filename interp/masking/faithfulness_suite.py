@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.kept_chunks import Chunks, words
 from interp.masking.faithfulness_cases import FaithfulnessCase, as_cases, planted_cases, resampled
 from interp.masking.faithfulness_tables import GRID, Faithfulness
@@ -41,7 +42,6 @@ from interp.masking.ranking_curves import curves, order_of, untested
 from interp.masking.saliency_maps import rank_correlation
 from interp.masking.sanity_checks import other_target, randomized
 from interp.masking.targets import TextEnergy
-from interp.progress import bar
 
 REPLACEMENTS = ("noise", "mean", "resample", "contrast")
 OURS = ("path", "gradient", "regression")  # "gates" chooses units and does not rank them

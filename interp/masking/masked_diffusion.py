@@ -20,6 +20,7 @@ from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import start
 from dgemma_jax.nn import cache as kv
 from dgemma_jax.nn import meshes
+from dgemma_jax.progress import bar
 from interp.kept_chunks import Chunks, words
 from interp.masking.game import Counted, Found, Game
 from interp.masking.gradients import gradient
@@ -37,7 +38,6 @@ from interp.masking.straight_paths import expected_gradients, integrated_gradien
 from interp.masking.targets import TextEnergy, energy_rows, said
 from interp.masking.units import Units, units_of
 from interp.metrics import Says
-from interp.progress import bar
 from interp.rows import Run, as_data, that_fit
 from interp.sweep_inputs import check_metric
 

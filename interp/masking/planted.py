@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax.progress import bar
 from dgemma_jax.train import tasks
 from interp import intervals
 from interp.masking.masked_diffusion import saliency
@@ -43,7 +44,6 @@ from interp.masking.saliency_maps import Saliency
 from interp.masking.targets import refusal_margin, text_ids
 from interp.masking.units import content
 from interp.metrics import LogProb, answer
-from interp.progress import bar
 
 HOME = Path(__file__).parent / "results"
 NULL = 0.1  # the share wanted at most on shuffled weights

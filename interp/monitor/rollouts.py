@@ -13,8 +13,8 @@ import dgemma_jax as dg
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.trajectory import Record
+from dgemma_jax.progress import bar
 from interp import array_files
-from interp.progress import bar
 from interp.questions import contains
 
 # What a monitor may read: the answer alone; the whole text; every draft of the canvas; the candidates of every place.

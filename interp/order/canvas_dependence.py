@@ -15,10 +15,10 @@ import numpy as np
 
 import dgemma_jax as dg
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.flow.recorded import run_of_block
 from interp.flow.removal import blank_soft, noise_tokens, without
 from interp.flow.saved import Saved
-from interp.progress import bar
 from interp.rows import that_fit
 
 SHUFFLES = 500

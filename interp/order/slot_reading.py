@@ -12,8 +12,8 @@ import numpy as np
 from dgemma_jax.diffusion.generate import prefill_prompts
 from dgemma_jax.nn import sites
 from dgemma_jax.nn.functional import of
+from dgemma_jax.progress import bar
 from interp.flow.removal import padded_rows
-from interp.progress import bar
 
 LOGIT_BYTES = 1 << 30  # of one call
 

@@ -15,8 +15,8 @@ import numpy as np
 
 import dgemma_jax as dg
 from dgemma_jax.diffusion import noise
+from dgemma_jax.progress import bar
 from interp.flow.saved import Saved
-from interp.progress import bar
 from interp.sweeps import rows_of
 
 

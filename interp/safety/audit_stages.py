@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.diffusion import prompts as inputs
-from interp import progress
 from interp.features.directions import Directions
 from interp.kept_chunks import Chunks
 from interp.safety import verdicts

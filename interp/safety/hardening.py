@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgemma_jax import progress
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.generate import bucket
 from dgemma_jax.nn.functional import of
@@ -24,7 +25,6 @@ from dgemma_jax.nn.quantized import check_plain
 from dgemma_jax.train.loop import optimizer
 from dgemma_jax.train.loss import Batch, loss
 from dgemma_jax.train.recipes import Rate, Recipe
-from interp import progress
 from interp.editing import rewrapped
 from interp.safety.audit_report import AuditReport
 from interp.safety.prompt_files import FIELDS, Prompt, asked

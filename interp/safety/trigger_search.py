@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dgemma_jax as dg
+from dgemma_jax import progress
 from dgemma_jax.diffusion import noise
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.generate import bucket
@@ -29,7 +30,6 @@ from dgemma_jax.diffusion.sampler import denoise_step, start
 from dgemma_jax.nn import cache as kv
 from dgemma_jax.nn import sites
 from dgemma_jax.nn.functional import of
-from interp import progress
 from interp.editing import put
 from interp.edits import Add
 from interp.intervals import of_shares

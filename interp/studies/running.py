@@ -25,7 +25,7 @@ import numpy as np
 
 import dgemma_jax as dg
 from dgemma_jax.diffusion import prompts as inputs
-from interp.progress import bar
+from dgemma_jax.progress import bar
 from interp.questions import GRADERS
 from interp.studies import batches, columns, manifest, statistics_table
 from interp.studies.hosts import Share
