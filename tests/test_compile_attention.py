@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_compile_target import H200, arrays_of, missing, results_in_loops
+
+from dgemma_jax.bench import targets
+from dgemma_jax.bench.hlo import arrays_of
 
 CANVAS, VOCABULARY, HEADS, CHUNK = 256, 262_144, 16, 1024
 NEAR, FAR = 4096, 262_144  # tokens of context
@@ -30,7 +32,6 @@ def compiled(name: str, context: int):
     """The denoising loop, or the causal pass over a piece of prompt; and the model and the cache that it is for."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
 
     from dgemma_jax.config import FULL, SLIDING, ModelConfig, SamplerConfig
     from dgemma_jax.diffusion import loop, noise, sampler
@@ -41,8 +42,7 @@ def compiled(name: str, context: int):
     config, settings, record = ModelConfig(layer_types=(SLIDING, FULL)), SamplerConfig(), Record.nothing()
     model = transformer.abstract(config)
     cache = jax.eval_shape(lambda: kv.empty(config, 1, context, jnp.bfloat16))
-    topology = topologies.get_topology_desc("h200", "cuda", topology="1x1x1", target_config=H200)
-    chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    chip = jax.sharding.SingleDeviceSharding(targets.devices("h200")[0])
 
     def lower(traced):
         return traced.lower(lowering_platforms=("cuda",)).compile()
@@ -63,6 +63,38 @@ def compiled(name: str, context: int):
     model, state, cache, buffers, index = there((model, state, cache, buffers, jax.ShapeDtypeStruct((), jnp.int32)))
     traced = loop._while.trace(model, state, cache, buffers, settings, None, index, index, record=record)
     return lower(traced), model, cache
+
+
+def results_in_loops(text: str) -> list[tuple[str, str]]:
+    """(shape, operation) of everything that a `while` body writes to memory; what is fused away is left out."""
+    bodies: dict[str, list[tuple[str, str, str]]] = {}
+    inside = ""
+    for line in text.splitlines():
+        if opening := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
+            inside = opening[1]
+            bodies[inside] = []
+        elif step := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ([\w\-]+)\((.*)$", line):
+            bodies[inside].append(step.groups())
+
+    def written(name: str) -> list[tuple[str, str]]:
+        found = []
+        for shape, operation, rest in bodies.get(name, []):
+            called = re.findall(r"(?:body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)", rest)
+            called += re.findall(r"%?([\w.\-]+)", (re.findall(r"branch_computations=\{(.*?)\}", rest) or [""])[0])
+            if operation in ("while", "call", "conditional", "async-start"):
+                found += [step for each in called for step in written(each)]
+            elif operation not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"):
+                found.append((shape, operation))
+        return found
+
+    loops = {
+        body
+        for steps in bodies.values()
+        for _, operation, rest in steps
+        if operation == "while"
+        for body in re.findall(r"body=%?([\w.\-]+)", rest)
+    }
+    return [step for body in sorted(loops) for step in written(body)]
 
 
 def main(name: str, context: str) -> None:
@@ -86,11 +118,9 @@ def main(name: str, context: str) -> None:
 
 @functools.cache
 def figures(name: str, context: int) -> dict:
-    if reason := missing():
+    if reason := targets.missing("h200"):
         pytest.skip(reason)
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "JAX_PLATFORMS": "cpu",
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | targets.environment("h200") | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, __file__, name, str(context)]
