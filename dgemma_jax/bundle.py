@@ -216,7 +216,8 @@ def save(bundle: Bundle, directory: str | Path, format: str = "hf", **options: A
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     form = quantized.packed_form(bundle.model)
-    bundle = bundle.with_experts(layout="efd")  # as in the formats
+    if isinstance(bundle.model, transformer.Transformer):
+        bundle = bundle.with_experts(layout="efd")  # as in the formats
     if format == "orbax":
         packed = {"form": form, "dtype": str(bundle.model.dtype)} if form else None
         weights.save_orbax(

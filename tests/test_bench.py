@@ -75,7 +75,7 @@ def test_kept_results_can_be_read():
 
 
 def test_kept_runs_of_dgemma_bench_can_be_read():
-    for path in report.RESULTS.glob("*.jsonl"):
+    for path in report.RESULTS.glob("bench-*.jsonl"):
         found = lines.read(path)
         assert {"date", "machine", "device", "versions", "load"} <= found.header.keys(), path.name
         assert found.items and table.ceilings(found) and table.results(found).row_count >= len(found.items)

@@ -55,8 +55,8 @@ def test_parts_are_dealt_out_once(bundle):
 
 def test_hosts_share_a_study_and_a_lost_one_is_made_good(bundle, whole, tmp_path, monkeypatch):
     """Host 1 dies in its second part. Host 0 gives what is there; host 1 again makes that part alone, and joins all."""
-    made, real = [], dg.generate
-    monkeypatch.setattr("interp.studies.running.dg.generate", lambda *a: made.append(len(a[1])) or real(*a))
+    made, real = [], dg.stream
+    monkeypatch.setattr("interp.studies.running.dg.stream", lambda *a, **k: made.append(len(a[1])) or real(*a, **k))
 
     def host(number):
         return interp.study("order", bundle, PROMPTS, tmp_path, **STUDY, hosts=2, host=number, progress=False)

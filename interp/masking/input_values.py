@@ -72,14 +72,14 @@ def gradients_at(game: Game, pool: Pool, count: int) -> tuple[np.ndarray, Pool]:
         Values [count], and derivatives in the shapes of the pool with `count` rows.
     """
     inner = of_model(game)
-    given, size = dataclasses.replace(inner._given, pool={}), inner.gradients_at_once
+    given, size = dataclasses.replace(inner.given, pool={}), inner.gradients_at_once
     masks = np.zeros((size, bucket(len(inner.units) + 1)), np.float32)
     masks[:, len(inner.units) :] = 1  # cells of no unit keep what they have
     values, grads = [], []
     for at in range(0, count, size):
         rows = np.minimum(np.arange(at, at + size), count - 1)
         part = jax.tree.map(lambda x, rows=rows: x[rows % len(x)], pool)
-        found, slopes = _differentiated(inner._model, given, part, masks, rows, inner.metric)
+        found, slopes = _differentiated(of(inner.bundle), given, part, masks, rows, inner.metric)
         kept = min(size, count - at)
         values.append(np.asarray(found, np.float64)[:kept])
         grads.append(jax.tree.map(lambda x, kept=kept: np.asarray(x, np.float32)[:kept], slopes))

@@ -32,7 +32,7 @@ from interp.studies.hosts import Share
 from interp.studies.prompt_files import StudyPrompt, StudyPrompts
 from interp.studies.results import ROWS, Study
 
-BATCHES_A_PART = 8
+BATCHES_A_PART = 8  # at most; a study has eight parts before they grow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def study(
             manifest.clear(out)
     if not (out / ROWS).exists():
         record = statistics_table.record_for(bundle, chosen.values())
-        plan = batches.planned([len(row.ids) for row in rows], BATCHES_A_PART * size)
+        plan = batches.planned([len(row.ids) for row in rows], _part(len(rows), size))
         paths = [out / "parts" / f"{number:05d}.npz" for number in range(len(plan))]
         mine, absent = share.mine(range(len(plan))), share.absent(paths)
         if share.writes:
@@ -134,6 +134,11 @@ def study(
     if share.writes:
         found.save(out)
     return found
+
+
+def _part(count: int, size: int) -> int:
+    """Rows of a part: whole batches, more of them the longer the study is."""
+    return size * max(1, min(BATCHES_A_PART, -(-count // size) // 8))
 
 
 def _so_far(about: dict[str, Any], paths: list[Path], plan: list[np.ndarray], count: int) -> Study:
