@@ -81,7 +81,7 @@ def _tiny() -> Work:
     config = ModelConfig.tiny(layer_types=(SLIDING, FULL), canvas_length=8, num_experts=4, max_position_embeddings=64)
     return Work(
         config=config, dtype="float32", expert_tokens=(8,), contexts=(16, 32), batches=(1, 2), prefills=(16,),
-        steps=(1, 2), loop=2, ceiling=(1 << 12, 8),
+        steps=(1, 2), loop=2, ceiling=(1 << 24, 512),
     )  # fmt: skip
 
 
