@@ -15,6 +15,7 @@ LAYERS = ("sliding_attention", "full_attention")
 EVEN = dg.ModelConfig.tiny(num_experts=8, layer_types=LAYERS)
 # Nothing divides by 2 or 8 but what must: 97 words, 3 heads, 6 experts; 48 hidden units divide by 8.
 ODD = dg.ModelConfig.tiny(vocab_size=97, num_heads=3, num_kv_heads=1, num_experts=6, layer_types=LAYERS)
+MANY = dg.ModelConfig.tiny(num_experts=20, experts_per_token=4, layer_types=LAYERS)  # more than run densely on CPU
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9]]  # three rows
 
 
@@ -46,6 +47,7 @@ def step(bundle, prompts):
 def generation():
     for config, prompts, over in [
         (EVEN, PROMPTS * 3, mesh(data=8)),  # nine rows over eight
+        (MANY, [*PROMPTS, [4]] * 2, mesh(data=8)),
         (ODD, PROMPTS, mesh(data=2, tensor=4)),
         (ODD, PROMPTS, mesh(jax.devices()[:6], expert=3, data=2)),
     ]:
@@ -97,7 +99,7 @@ def steps():
     def of(**axes):
         return collectives.of_step(config, mesh(**axes), rows=8, dtype="float32")
 
-    assert of(data=8) == []
+    assert of(data=8) == [] == collectives.of_step(MANY, mesh(data=8), rows=8, dtype="float32")
     assert [(one.kind, one.nbytes) for one in of(expert=8)] == [("all-reduce", size)] * len(LAYERS)
     for axes in (dict(tensor=8), dict(expert=4, tensor=2)):
         found = of(**axes)

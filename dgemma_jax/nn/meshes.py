@@ -47,14 +47,20 @@ def rows(tree: Tree, mesh: Mesh | None, axis: int = 0) -> Tree:
     return jax.tree.map(lay, tree)
 
 
-def by_rows(fn: Callable[[jax.Array], Any], mesh: Mesh | None) -> Callable[[jax.Array], Any]:
-    """The function of an array [B, ...], run on each device for its own rows; as it is if rows do not divide."""
+def by_rows(fn: Callable[..., Any], mesh: Mesh | None, whole: Any = ()) -> Callable[..., Any]:
+    """The function of (arrays [B, ...], *whole), run on each device for its own rows; as it is if rows do not divide.
 
-    def run(x: jax.Array) -> Any:
-        if ways(mesh) == 1 or x.shape[0] % ways(mesh):
-            return fn(x)
-        row = PartitionSpec("data")
-        return jax.shard_map(fn, mesh=mesh, in_specs=row, out_specs=row, axis_names={"data"}, check_vma=False)(x)
+    Args:
+        whole: further arguments, which every device has all of.
+    """
+
+    def run(*arrays: jax.Array) -> Any:
+        if ways(mesh) == 1 or any(x.shape[0] % ways(mesh) for x in arrays):
+            return fn(*arrays, *whole)
+        row, every = PartitionSpec("data"), PartitionSpec()
+        specs = (*[row] * len(arrays), *[every] * len(whole))
+        mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=row, axis_names={"data"}, check_vma=False)
+        return mapped(*arrays, *whole)
 
     return run
 

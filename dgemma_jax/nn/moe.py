@@ -74,11 +74,12 @@ class Experts(nnx.Module):
 
     Attributes:
         layout: "efd" as said, or "edf": gate_up lies as [E, D, 2F]. Static; `nn.placement` changes it.
+        mesh: of the model; static.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         width, hidden, experts = config.embed_dim, config.expert_dim, config.num_experts
-        self.top, self.layout = config.experts_per_token, "efd"
+        self.top, self.layout, self.mesh = config.experts_per_token, "efd", None
         self.gate_up = normal(rngs, (experts, 2 * hidden, width), width, dtype)
         self.down = normal(rngs, (experts, hidden, width), hidden, dtype)
         self.hidden, self.out = Site("expert_hidden"), Site("expert_out")
@@ -87,10 +88,15 @@ class Experts(nnx.Module):
         """sum_e weights[e] * expert_e(x), [B, T, D]."""
         if is_open(self.hidden) or is_open(self.out):
             return self._open(x_BTD, weights_BTE)
-        batch, length, width = x_BTD.shape
-        x_TD, weights_TE = x_BTD.reshape(batch * length, width), weights_BTE.reshape(batch * length, -1)
-        out_TD = run(form, self.top, x_TD, weights_TE, self.gate_up, self.down, layout=self.layout)
-        return out_TD.reshape(x_BTD.shape)
+
+        def whole(x_BTD, weights_BTE, gate_up, down):
+            x_TD, weights_TE = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, weights_BTE))
+            return run(form, self.top, x_TD, weights_TE, gate_up, down, layout=self.layout).reshape(x_BTD.shape)
+
+        if form == "dense":  # row by row anyway, whichever way experts are split
+            return whole(x_BTD, weights_BTE, self.gate_up, self.down)
+        # The other forms sort the tokens they are given: each device its own.
+        return meshes.by_rows(whole, self.mesh, (self.gate_up, self.down))(x_BTD, weights_BTE)
 
     def _open(self, x_BTD: jax.Array, weights_BTE: jax.Array) -> jax.Array:
         """The dense form with every intermediate at its site."""

@@ -109,7 +109,7 @@ def on_mesh(model: Model, mesh: Mesh | None) -> Model:
     Experts on several devices run in the dense form, each device its own: the others would gather the weights.
     """
     known = jax.tree.map(lambda leaf: leaf, model)
-    for owner in (known, *(layer.router for layer in known.layers)):
+    for owner in (known, *(part for layer in known.layers for part in (layer.router, layer.experts))):
         owner.mesh = mesh
     split = mesh is not None and any(mesh.shape.get(axis, 1) > 1 for axis in ("expert", "tensor"))
     if split and known.moe == "auto":
