@@ -31,11 +31,9 @@ def mesh(devices=None, **axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=explicit, devices=devices)
 
 
-def same(a, b, atol=1e-5):
-    """Each array within `atol` of its largest entry, or of one."""
+def same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        np.testing.assert_allclose(x, y, rtol=1e-5, atol=atol * max(1, np.abs(x).max(initial=0)))
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
 def step(bundle, prompts):
@@ -60,7 +58,9 @@ def generation():
         options = dict(seed=list(range(len(prompts))), max_new_tokens=config.canvas_length + 1)
         a, b = dg.generate(one, prompts, **options), dg.generate(many, prompts, **options)
         assert (a.tokens == b.tokens).all() and (a.num_steps == b.num_steps).all()
-        same(a.trajectory.entropy, b.trajectory.entropy, 1e-3)  # rounding grows from step to step
+        first = slice(None), 0  # of each block; rounding grows from step to step
+        same(a.trajectory.entropy[first], b.trajectory.entropy[first])
+        np.testing.assert_allclose(a.trajectory.entropy, b.trajectory.entropy, atol=1e-4)
         print("equal", over.shape)
     assert (dg.resume(many, b.trajectory.moment(1, 1)).tokens == b.tokens).all()
 
@@ -81,15 +81,17 @@ def studies():
     many = one.on(mesh(data=2, expert=2, tensor=2))
     metric = interp.LogitDifference(positions=2, tokens=7, others=8)
     clean, corrupt = [[5, 6], [7, 8]], [[5, 9], [7, 3]]
-    site, few = "layers.1.resid_post", dict(steps=[1], positions=[0, 3, 4])
+    site, few = "layers.0.resid_post", dict(steps=[1], positions=[0, 2, 4])
     for ask in [
-        lambda b: interp.capture(b, PROMPTS, site, steps=[0, 1]).arrays,
+        lambda b: interp.capture(b, PROMPTS, site, steps=[0]).arrays,
         lambda b: interp.patch_sweep(b, clean, corrupt, metric, site, **few).effects,
         lambda b: interp.attribution_patching(b, clean, corrupt, metric, site, **few).effects,
         lambda b: interp.knock_out(b, clean, metric, "mlp", steps=[1]).effects,
         lambda b: interp.saliency(b, PROMPTS[2], metric, budget=30, draws=2, rows_at_once=8).scores,
     ]:
-        same(ask(one), ask(many), 2e-5)
+        a, b = ask(one), ask(many)
+        assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(a)), "nothing to compare"
+        same(a, b)
         print("equal")
 
 

@@ -18,6 +18,7 @@ from dgemma_jax.config import FULL, SLIDING, ModelConfig
 from dgemma_jax.nn import cache as kv
 from dgemma_jax.nn import transformer
 from dgemma_jax.train import data, evaluate, language, loop, loss, recipes, tasks
+from dgemma_jax.weights import registry
 
 CONFIG = ModelConfig.tiny(
     vocab_size=language.VOCAB_SIZE,
@@ -28,7 +29,7 @@ CONFIG = ModelConfig.tiny(
 RECIPE = recipes.Recipe(
     steps=8,
     rows=8,
-    rate=recipes.Rate(peak=2e-2, warmup=1, horizon=1000),
+    rates=(recipes.Rate(peak=2e-2, warmup=1, horizon=1000),),
     cooldown=4,
     stages=(recipes.Stage(start=0, short={"copy": 1.0, "sequence": 1.0}, long={}, long_every=100, practice=0.1),),
     seed=3,
@@ -90,6 +91,12 @@ def test_every_stage_of_a_recipe_fits(name):
             is_long = step % stage.long_every == stage.long_every - 1
             assert batch.prompt.shape == (60, recipes.LONG if is_long else recipes.SHORT)
             assert batch.answer.shape == (60, recipes.CONFIG.canvas_length)
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_the_embedded_models_were_made_by_these_recipes(name):
+    about = json.loads((registry.embedded(name) / "training.json").read_text())
+    assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipes.RECIPES[name])))
 
 
 # Loss.
@@ -245,19 +252,20 @@ def test_what_training_refuses(monkeypatch, tmp_path):
 
 
 def test_the_learning_rate():
-    """Warms up, decays, and cools down to zero at the end."""
-    rate = recipes.Rate(peak=1.0, warmup=10, horizon=130)
-    recipe = dataclasses.replace(RECIPE, steps=100, rate=rate, cooldown=20)
-    update = loop.optimizer(recipe)
-    state = update.init(jnp.ones(()))
-    steps, found = [0, 5, 10, 50, 90, 100], []
-    for step in steps:
+    """Warms up, decays, may do so again, and cools down to zero at the end."""
+    rates = recipes.Rate(peak=1.0, warmup=10, horizon=130), recipes.Rate(start=200, peak=0.4, warmup=20, horizon=1000)
+    recipe = dataclasses.replace(RECIPE, steps=100, rates=rates[:1], cooldown=20)
+    twice = loop.optimizer(dataclasses.replace(recipe, steps=1000, rates=rates)).update
+    once = loop.optimizer(recipe)
+    state = once.init(jnp.ones(()))
+    found = []
+    for step in [0, 5, 10, 50, 90, 100, 210, 220]:
         counted = optax.tree_utils.tree_set(state, count=jnp.int32(step), mu=jnp.ones(()), nu=jnp.ones(()))
         # With a gradient that was always one, Adam's move is the rate, up to the corrections of its first steps.
-        move = float(update.update(jnp.ones(()), counted, jnp.zeros(()))[0])
+        move = float((once.update if step <= 100 else twice)(jnp.ones(()), counted, jnp.zeros(()))[0])
         found.append(-move * (1 - 0.9 ** (step + 1)) / math.sqrt(1 - 0.98 ** (step + 1)))
     third, two_thirds = 0.01 + 0.99 * 0.75, 0.01 + 0.99 * 0.25  # of the way down
-    np.testing.assert_allclose(found, [0, 0.5, 1, third, two_thirds / 2, 0], atol=1e-4)
+    np.testing.assert_allclose(found, [0, 0.5, 1, third, two_thirds / 2, 0, 0.2, 0.4], atol=1e-4)
 
 
 def test_first_scores_are_of_order_one(monkeypatch):

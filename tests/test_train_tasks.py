@@ -165,6 +165,19 @@ def test_sources(by_task, name):
         assert len(set(e.answer.split())) == len(e.answer.split())  # one source each
 
 
+@pytest.mark.parametrize("name", tasks.PRACTICE)
+def test_practice_for_recall_says_the_pairs_of_the_prompt(name):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        example = tasks.PRACTICE[name](rng)
+        given, asked = " ".join(core(example)).removeprefix("recall ").removeprefix(": ").split(" ?")
+        pairs = [pair.replace(" ", " is ") for pair in given.split(" , ")]
+        said = example.answer.replace(" , ", " ").split()
+        said = [" ".join(said[i : i + 3]) for i in range(0, len(said), 3)]
+        assert set(said) <= set(pairs)
+        assert name == "recall_drill" or [pair[0] for pair in said] == asked.split()
+
+
 def test_recall_facts(by_task):
     for e in by_task["recall"]:
         words, f = e.prompt.split(), e.facts

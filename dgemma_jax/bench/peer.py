@@ -255,17 +255,25 @@ def _peer_settings(model: Any, steps: int) -> Any:
     )  # fmt: skip
 
 
-def worth_timing(calls: dict[str, Callable[[], Any]], factor: float = 3.0) -> list[str]:
-    """Names of the calls that run here and take less than `factor` times the fastest; says which are left out."""
+def second_calls(
+    calls: dict[str, Callable[[], Any]], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Seconds of the second call of each that runs here; says which are left out."""
     seconds = {}
     for name, call in calls.items():
         try:
             call()
-            start = time.perf_counter()
+            start = clock()
             call()
-            seconds[name] = time.perf_counter() - start
+            seconds[name] = clock() - start
         except (RuntimeError, ImportError, NotImplementedError) as error:
             print(f"left out: {name}: {str(error).splitlines()[0]}")
+    return seconds
+
+
+def worth_timing(calls: dict[str, Callable[[], Any]], factor: float = 3.0) -> list[str]:
+    """Names of the calls that run here and take less than `factor` times the fastest; says which are left out."""
+    seconds = second_calls(calls)
     for name, taken in seconds.items():
         if taken >= factor * min(seconds.values()):
             print(f"left out: {name}: {taken:.1f} s a step, the fastest takes {min(seconds.values()):.1f} s")

@@ -175,16 +175,8 @@ def theirs(job: Job, rows: int, experts: str, done: Done, warm: bool = False) ->
 
 def fastest_experts(job: Job) -> str:
     """The implementation of the peer's experts that takes least processor time for a step here."""
-    taken = {}
-    for name in peer.EXPERTS:
-        step = peer.peer_step(job.model, np.array(job.prompts[0]), name)
-        try:
-            step()
-            start = time.process_time()
-            step()
-            taken[name] = time.process_time() - start
-        except (RuntimeError, ImportError, NotImplementedError) as error:
-            print(f"left out: {name}: {str(error).splitlines()[0]}")
+    steps = {name: peer.peer_step(job.model, np.array(job.prompts[0]), name) for name in peer.EXPERTS}
+    taken = peer.second_calls(steps, time.process_time)
     said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in taken.items())
     print(f"a step of the peer, processor time: {said}", flush=True)
     return min(taken, key=taken.get)

@@ -31,6 +31,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument("--sampler", choices=("default", "google", "gentle"), default="default", help="(default)")
     command.add_argument("--costs", choices=("circuit", "public"), default="circuit", help="table of costs (circuit)")
+    command.add_argument("--canvases", type=int, default=1, metavar="N", help="denoised together in a step (1)")
     command.add_argument("--path", action="store_true", help="show the longest path by site")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--out", type=Path, metavar="FILE", help="write all depths and paths as JSON")
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     found = interp.model_depth(
         info.config_of(args.model), context=args.context, steps=args.steps, cuts=args.cuts,
         sampler=samplers[args.sampler](), experts=args.experts, costs=TABLES[args.costs],
+        canvases=args.canvases,
     )  # fmt: skip
     print(json.dumps(found.rows()) if args.json else found)
     if args.path:

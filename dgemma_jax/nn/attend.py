@@ -83,8 +83,10 @@ def _softmax(scores: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Over the last axis, float32, about to be rounded to `dtype`."""
     if dtype == jnp.float32:
         return jax.nn.softmax(scores, -1)
-    # `softmax` would have XLA write its exponentials in float32, for two readers. On CPU this is slower.
-    return jnp.exp(scores - jax.nn.logsumexp(scores, -1, keepdims=True))
+    # For each of the two readers of the exponentials their own, or XLA would write them in float32. Slower on CPU.
+    peak = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+    total = jnp.sum(jnp.exp(scores - peak), -1, keepdims=True)
+    return jnp.exp(scores - jax.lax.optimization_barrier(peak)) / total
 
 
 def _by_key_head(q_BNTH: jax.Array, keys: LayerCache) -> jax.Array:

@@ -36,11 +36,11 @@ class TrainState:
 
 def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """AdamW, gradients clipped to norm 1, under the recipe's learning rate."""
-    rate = recipe.rate
-    cosine = optax.warmup_cosine_decay_schedule(0.0, rate.peak, rate.warmup, rate.horizon, 1e-2 * rate.peak)
+    parts = [optax.warmup_cosine_decay_schedule(0.0, r.peak, r.warmup, r.horizon, 1e-2 * r.peak) for r in recipe.rates]
+    joined = optax.join_schedules(parts, [r.start for r in recipe.rates[1:]])
 
     def schedule(step: jax.Array) -> jax.Array:
-        return cosine(step) * jnp.clip((recipe.steps - step) / recipe.cooldown, 0.0, 1.0)
+        return joined(step) * jnp.clip((recipe.steps - step) / recipe.cooldown, 0.0, 1.0)
 
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 

@@ -177,6 +177,21 @@ def recall(rng: np.random.Generator) -> Example:
     return _dress(rng, "recall", core, [keys[asked], "is", values[asked]], facts)
 
 
+def recall_many(rng: np.random.Generator) -> Example:
+    """`recall a 4 , b 7 , c 2 ? b a c` -> `b is 7 , a is 4 , c is 2`.
+
+    Practice for `recall`, never tested: every pair is asked for, so one example says as much as several.
+    """
+    count = 3 + _below(rng, 2)
+    keys, values = lang.LETTERS[:count], _distinct(rng, _VALUES, count)
+    asked = rng.permutation(count).tolist()
+    pairs = [word for key, value in zip(keys, values, strict=True) for word in (key, value, ",")]
+    head = ["recall"] if rng.random() < 0.5 else ["recall", ":"]
+    core = [*head, *pairs[:-1], "?", *(keys[i] for i in asked)]
+    answer = [word for i in asked for word in (keys[i], "is", values[i], ",")][:-1]
+    return _dress(rng, "recall_many", core, answer, {})
+
+
 def recall_drill(rng: np.random.Generator) -> Example:
     """`recall a 4 , b 7 ? again` -> `b is 7 a is 4 b is 7 ...`: pairs in random order, with repeats.
 
@@ -314,7 +329,9 @@ TASKS: dict[str, Callable[[np.random.Generator], Example]] = {
     task.__name__: task for task in (copy, reverse, sort, recall, add, length, form, sequence, refusal)
 }
 
-PRACTICE: dict[str, Callable[[np.random.Generator], Example]] = {"recall_drill": recall_drill}  # training only
+PRACTICE: dict[str, Callable[[np.random.Generator], Example]] = {  # training only
+    task.__name__: task for task in (recall_many, recall_drill)
+}
 
 
 def sample(rng: np.random.Generator, tasks: Sequence[str] | None = None) -> Example:

@@ -5,9 +5,11 @@
 
 arXiv 2606.20560, Table 1, at 262,144 tokens of context: Gemma 4 26B-A4B 21,235; one step between interpretable points
 23,571; 48 steps through an opaque S 608,016. Both lie on D(T) = 11,136 + 12,435 T: T steps, then the causal pass that
-puts the canvas into the cache. The published code under the table `CIRCUIT` says so: its causal pass over a canvas has
-depth 11,118, all of Gemma 21,384, D(T) = 11,171 + 11,641 T. What it does not show is 794 of the published step, about
-26 a layer, whose origin is not known; our ratios lie below the published ones for the same reason.
+puts the canvas into the cache. The published code under the table `CIRCUIT`, one canvas of 256 a step: its causal pass
+over a canvas has depth 11,118, all of Gemma 21,384, D(T) = 11,171 + 11,641 T. Of the 794 that its step lacks, 721 are
+there with two canvases in a step (12,362): the two sorts of a layer are then over 2^12 assignments of tokens to experts
+instead of 2^11, 12 each. That the published step was traced so is a guess from the number; `canvases=2` says the same
+of ours, whose ratios are then 1.114 and 27.96 (published 1.110 and 28.63; with one canvas 1.050 and 26.37).
 """
 
 from __future__ import annotations
@@ -83,6 +85,7 @@ class ModelDepth:
         context: tokens.
         experts: how experts run in the traced program.
         cuts: where the program can be read.
+        canvases: denoised in one step.
     """
 
     causal: SerialDepth
@@ -90,6 +93,7 @@ class ModelDepth:
     context: int
     experts: str
     cuts: tuple[str, ...]
+    canvases: int = 1
 
     @property
     def line(self) -> tuple[int, int] | None:
@@ -120,7 +124,8 @@ class ModelDepth:
         if self.line is not None and not set(self.cuts) - {"cache"}:
             lines.append("D(T) = {:,} + {:,} T".format(*self.line))
         cuts = ", ".join(self.cuts) or "nothing"
-        return "\n".join([*lines, f"experts {self.experts}; read between: {cuts}; costs {self.causal.costs}"])
+        many = f"; {self.canvases} canvases a step" if self.canvases > 1 else ""
+        return "\n".join([*lines, f"experts {self.experts}; read between: {cuts}; costs {self.causal.costs}{many}"])
 
     def plot(self) -> Any:
         """Depth against the number of steps, with the causal pass as a line. Returns the figure."""
@@ -146,7 +151,7 @@ class ModelDepth:
 def model_depth(
     source: Any, *, context: int | None = None, steps: int | Sequence[int] = (1, 48),
     cuts: str | Sequence[str] = "cache", sampler: SamplerConfig | None = None, experts: str = "sorted",
-    costs: Costs = CIRCUIT,
+    costs: Costs = CIRCUIT, canvases: int = 1,
 ) -> ModelDepth:  # fmt: skip
     """Opaque serial depth of a model's causal pass and of blocks of denoising steps. Needs no weights.
 
@@ -159,9 +164,11 @@ def model_depth(
         sampler: the bundle's by default; steps are counted as if none stopped early.
         experts: "sorted" as the published code runs them, or a form of `dgemma_jax.nn.moe`.
         costs: the table.
+        canvases: rows that are denoised together, each with its own cache: more tokens to sort for experts.
 
     Raises:
-        ValueError: a context or a number of steps that the model cannot have, an unknown form, a cut without mark.
+        ValueError: a context or a number of steps or canvases that the model cannot have, an unknown form, a cut
+            without mark.
     """
     config = source if isinstance(source, ModelConfig) else functional.of(source).config
     sampler = sampler or getattr(source, "sampler", None) or SamplerConfig()
@@ -171,6 +178,8 @@ def model_depth(
         raise ValueError(f"context must be 1 to {config.max_position_embeddings} tokens, got {context}")
     if not counts or min(counts) < 1:
         raise ValueError(f"steps must be numbers of at least 1, got {steps!r}")
+    if canvases < 1:
+        raise ValueError(f"canvases must be at least 1, got {canvases}")
     if experts not in EXPERTS:
         raise ValueError(f"experts must be one of {EXPERTS}, got {experts!r}")
     named = (cuts,) if isinstance(cuts, str) else tuple(cuts)
@@ -181,15 +190,15 @@ def model_depth(
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, jnp.int32)
 
-    keys = jax.eval_shape(noise.row_keys, shape(1))
-    readable = "cache" in patterns
-    given = jax.eval_shape(lambda: kv.empty(config, 1, context, model.dtype)) if readable else shape(1, context)
+    keys = jax.eval_shape(noise.row_keys, shape(canvases))
+    readable, room = "cache" in patterns, (canvases, context)
+    given = jax.eval_shape(lambda: kv.empty(config, *room, model.dtype)) if readable else shape(*room)
     program = functools.partial(denoised if readable else answered, sampler=sampler)
     traced = jax.make_jaxpr(program)(model, given, keys)
     depths = {count: serial_depth(traced, cuts=(*patterns, CLOCK), while_bounds=count, costs=costs) for count in counts}
     sites = [pattern for pattern in patterns if pattern not in ("cache", "canvas", "soft_embed")]
     alone = serial_depth(causal, model, shape(1, context), cuts=sites, costs=costs)
-    return ModelDepth(alone, depths, context, experts, named)
+    return ModelDepth(alone, depths, context, experts, named, canvases)
 
 
 def _prepared(model: Any, experts: str) -> Any:

@@ -6,7 +6,7 @@ The tables are data, `papers/<arXiv number>.json`:
 |---|---|
 | where, what | table or figure, and what it shows |
 | command | makes `file`; RESULTS stands for the directory of results |
-| file | JSON in that directory; "computed" is "depth" if it can be made at once, without weights |
+| file | JSON in that directory; "depth" has the options of `model_depth` that make it at once, without weights |
 | needs | why there is no command that fills the values in; "the release" otherwise |
 | values | {what, paper, at}: `at` leads to ours in the file (keys, numbers, or {key: value} to pick from a list) |
 
@@ -113,7 +113,7 @@ def reproduce(paper: str, results: str | Path | None = None, *, compute: bool = 
     for artefact in about["artefacts"]:
         name = artefact.get("file")
         if name and name not in known:
-            known[name] = _results(name, directory, artefact.get("computed") if compute else None)
+            known[name] = _results(name, directory, artefact.get("depth") if compute else None)
         found = known.get(name)
         common = (artefact["where"], artefact.get("command"))
         if not artefact["values"]:
@@ -132,15 +132,15 @@ def published(number: str) -> dict[str, Any]:
     return json.loads(file.read_text("utf-8"))
 
 
-def _results(name: str, directory: Path | None, computed: str | None) -> Any:
+def _results(name: str, directory: Path | None, depth: Mapping[str, Any] | None) -> Any:
     path = None if directory is None else directory / name
     if path is not None and path.exists():
         return json.loads(path.read_text("utf-8"))
-    if computed != "depth":
+    if depth is None:
         return None
     from interp.depth.programs import model_depth
 
-    found = model_depth(ModelConfig())
+    found = model_depth(ModelConfig(), **depth)
     if path is not None:
         found.save(path)
     return {"rows": found.rows()}
