@@ -126,8 +126,8 @@ def harden(
 @functools.lru_cache
 def _optimizer(rate: float, steps: int) -> Any:
     """That of training. Equal settings give the same object, and so the same compiled step."""
-    rates = Rate(peak=rate, warmup=max(1, steps // 10), horizon=2 * steps)
-    return optimizer(Recipe(steps=steps, rate=rates, cooldown=max(1, steps // 2), stages=()))
+    rates = (Rate(peak=rate, warmup=max(1, steps // 10), horizon=2 * steps),)
+    return optimizer(Recipe(steps=steps, rates=rates, cooldown=max(1, steps // 2), stages=()))
 
 
 @functools.partial(jax.jit, static_argnames=("merge", "tune"))
