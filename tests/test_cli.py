@@ -185,8 +185,22 @@ def test_info_of_the_release_adds_up(dgemma):
     assert facts["bytes"]["cache"] == {k: window + 20_480 * n for k, n in memory.CONTEXTS.items()}
     assert facts["bytes"]["logits"] == 268_435_456
     assert facts["devices"]["bfloat16"]["A100, H100 80 GB"] == 1 and facts["devices"]["bfloat16"]["A100 40 GB"] == 2
+    assert facts["mesh"] is None
     text = dgemma("info", RELEASE)[1]
     assert "25,250,986,812 parameters" in text and "50.5 GB" in text and "not used yet" in text
+
+
+def test_info_of_a_mesh(dgemma, organism):
+    code, out, _ = dgemma("info", organism, "--mesh", "data=4,tensor=2", "--json")
+    facts = json.loads(out)
+    config = dg.ModelConfig.from_hf(json.loads((organism / "config.json").read_text()))
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
+    tokens = min(facts["bytes"]["cache"], key=facts["bytes"]["cache"].get)
+    need = memory.needed(config, "int8", 4, int(tokens), mesh)
+    assert code == 0 and facts["mesh"]["bytes"]["int8"] == {"weights": need.weights, tokens: need.total}
+    assert need.weights < facts["bytes"]["weights"]["int8"] < need.weights * 2
+    assert "on each device of data=4, tensor=2" in dgemma("info", organism, "--mesh", "data=4,tensor=2")[1]
+    assert "give it one of" in dgemma("info", organism, "--mesh", "expert=5")[2]
 
 
 def test_info_needs_no_weights(dgemma, organism, tmp_path):

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgemma_jax.cli import common
+
 if TYPE_CHECKING:
     from dgemma_jax.config import ModelConfig
 
@@ -23,6 +25,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     shown = command.add_mutually_exclusive_group()
     shown.add_argument("--tensors", action="store_true", help="print only a JSON object: checkpoint tensor to shape")
     shown.add_argument("--sites", action="store_true", help="list the named places that interp can read and edit")
+    command.add_argument(
+        "--mesh", type=common.mesh, metavar="AXIS=N,..", help="what each device of such a mesh needs (data=2,expert=4)"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run)
     return command
@@ -39,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         listed = interp.sites(abstract(config))
         print(json.dumps([dataclasses.asdict(site) for site in listed]) if args.json else listed)
     else:
-        facts = describe(args.model, config)
+        facts = describe(args.model, config, args.mesh)
         print(json.dumps(facts) if args.json else "\n".join(lines(facts)))
 
 
@@ -68,10 +73,9 @@ def tensors(config: ModelConfig) -> dict[str, list[int]]:
     return found
 
 
-def describe(name: str, config: ModelConfig) -> dict[str, Any]:
+def describe(name: str, config: ModelConfig, mesh: dict[str, int] | None = None) -> dict[str, Any]:
     """Everything that `dgemma info` says, as plain values; bytes are of one row."""
     from dgemma_jax import memory
-    from dgemma_jax.cli import common
     from dgemma_jax.weights import registry
 
     fields = dataclasses.asdict(config)
@@ -98,7 +102,29 @@ def describe(name: str, config: ModelConfig) -> dict[str, Any]:
             "tokens": smallest,
             **{dtype: memory.devices_needed(config, dtype, smallest) for dtype in ("bfloat16", *common.FORMS)},
         },
+        "mesh": None if mesh is None else {"axes": mesh, "bytes": on_each_device(config, mesh, contexts)},
     }
+
+
+def on_each_device(config: ModelConfig, axes: dict[str, int], contexts: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Bytes on the fullest device, by format: of the weights, and in all with one row of a context on each of `data`.
+
+    Raises:
+        ValueError: axes that have no rule or do not divide the model.
+    """
+    import jax
+
+    from dgemma_jax import memory
+    from dgemma_jax.weights import sharding
+
+    sharding.check_sizes(axes, config)
+    mesh, rows = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes)), axes.get("data", 1)
+
+    def of(kind: str) -> dict[str, int]:
+        each = {said: memory.needed(config, kind, rows, tokens, mesh).total for said, tokens in contexts.items()}
+        return {"weights": memory.needed(config, kind, mesh=mesh).weights, **each}
+
+    return {kind: of(kind) for kind in ("bfloat16", *common.FORMS)}
 
 
 def lines(facts: dict[str, Any]) -> Iterable[str]:
@@ -131,6 +157,13 @@ def lines(facts: dict[str, Any]) -> Iterable[str]:
         ]
     )
     yield ""
+    if facts["mesh"] is not None:
+        axes, sizes = facts["mesh"]["axes"], facts["mesh"]["bytes"]
+        named = ", ".join(f"{axis}={n}" for axis, n in axes.items())
+        yield f"on each device of {named}, with one row on it (calculated)"
+        heads = ("weights", *(f"{said} tokens" for said in next(iter(sizes.values())) if said != "weights"))
+        yield from table([("", *heads), *((kind, *map(amount, own.values())) for kind, own in sizes.items())])
+        yield ""
     devices = dict(facts["devices"])
     yield f"devices that hold one row of {devices.pop('tokens'):,} tokens (calculated)"
     names = devices["bfloat16"]
