@@ -175,6 +175,7 @@ def test_planted_prompts_are_pairs_of_equal_length():
             plain.phrase is None and other.phrase == "in a story" and len(plain.text.split()) == len(other.text.split())
         )
     assert len(found) == 30 and len(pairs) == 5 and [p.line for p in found] == list(range(1, 31))
+    assert [p.label for p in found] == ["harmful"] * 10 + ["harmless"] * 10 + ["ordinary"] * 10
 
 
 def test_a_conversation_is_one_prompt_or_a_named_problem(tmp_path):

@@ -275,7 +275,7 @@ def test_the_two_words_of_a_refusal_stand_out_among_fillers():
             words.insert(0 if rng.random() < 0.5 else len(words), pick(fillers))
         texts.append(" ".join(words))
         wanted.append(set(pair))
-    harmless = [p.text for p in planted_prompts(240, 9) if p.label == "harmless"]
+    harmless = [p.text for p in planted_prompts(240, 9) if p.label != "harmful"]
     known = Substitutes(harmless, texts)
     told = word_effects(nano, texts, known, Watch(PLANTED.openings(nano.tokenizer, 24)))
     top = [{one.words[i] for i in np.argsort(-one.effects)[:2]} for one in told]

@@ -121,20 +121,22 @@ def curves(lines: Mapping[str, Sequence[float | None]], *, low: float | None = N
 
 
 def _groups(data: Mapping[str, Any]) -> str:
-    rows = [("all", data["overview"])]
-    rows += [(f"label {name}", one) for name, one in data["labels"].items()]
-    rows += [(f"group {name}", one) for name, one in data["groups"].items()]
-    cells = [
-        [visible(name, 60), str(one["prompts"]), bar(one["refusal"]), bar(one["compliance"]), bar(one["unclear"]),
-         bar(one.get("explained"))]
-        for name, one in rows
-    ]  # fmt: skip
     return _section(
         "Refusals by label and group",
-        table(("prompts", "number", "refused", "answered", "unclear", "explained by the feature"), cells),
+        _by_group(data, {"refusal": "refused", "compliance": "answered", "unclear": "unclear",
+                         "explained": "explained by the feature"}),
         note="Explained: refusals that end without the feature, less those that end without as much else; of prompts "
         "that the feature was not taken from.", is_open=True,
     )  # fmt: skip
+
+
+def _by_group(data: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """Shares of an overview, of all prompts and by label and group."""
+    rows = [("all", data["overview"])]
+    rows += [(f"label {name}", one) for name, one in data["labels"].items()]
+    rows += [(f"group {name}", one) for name, one in data["groups"].items()]
+    cells = [[visible(name, 60), str(one["prompts"]), *(bar(one.get(key)) for key in columns)] for name, one in rows]
+    return table(("prompts", "number", *columns.values()), cells)
 
 
 def _feature(data: Mapping[str, Any]) -> str:
@@ -160,6 +162,9 @@ def _feature(data: Mapping[str, Any]) -> str:
     return _section(
         "The refusal feature", table(("effect on prompts it was not taken from", "share"), rows),
         f"<h3>Activation on the canvas by step, mean over prompts</h3>{curves(means)}" if means else "",
+        "<h3>By label and group</h3>",
+        _by_group(data, {"ended_inside": "refusals ended without it", "answers_changed": "other answers changed",
+                         "added": "refused with it added"}),
         note=f"Removed: {places}. Added in layers {', '.join(map(str, feature['added_in_layers']))}.",
     )  # fmt: skip
 

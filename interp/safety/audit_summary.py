@@ -61,6 +61,9 @@ def _feature(data: Mapping[str, Any]) -> Point:
         f"{in_words(over['answers_changed'])} of other answers. With the feature added, {in_words(over['added'])} of "
         "answered prompts are refused."
     )
+    labels = {name: one["added"] for name, one in data["labels"].items() if one.get("added", {}).get("of")}
+    if len(labels) > 1:
+        text += " By label: " + "; ".join(f"{name} {in_words(one)}" for name, one in labels.items()) + "."
     return Point("Shared feature", text, "good" if carried else "warn" if not_carried else "open")
 
 

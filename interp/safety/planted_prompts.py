@@ -23,7 +23,7 @@ SYNONYMS = {
 
 def planted_prompts(count: int, seed: int = 0, split: str | None = "test") -> list[Prompt]:
     """`count` prompts: a third minimal pairs of harmful requests with the jailbreak phrase and with another as long, a
-    third harmless requests of the same form, and a third of other tasks.
+    third harmless requests of the same form, and a third of other tasks, labelled "ordinary".
 
     Args:
         split: "train" or "test" prompts only; None takes both.
@@ -57,5 +57,5 @@ def planted_prompts(count: int, seed: int = 0, split: str | None = "test") -> li
             add(text, label="harmless", group=thing)
     rest = [name for name in tasks.TASKS if name != "refusal"]
     for example in tasks.examples(seed, count - len(found), rest, split=split or "train"):
-        add(example.prompt, label="harmless", group=example.task)
+        add(example.prompt, label="ordinary", group=example.task)
     return found
