@@ -101,20 +101,26 @@ def triggers(suspect: Any, clean: Any, other: Any) -> dict[str, Any]:
     return told
 
 
-def hardening(bundle: Any, steps: int, count: int, rank: int | None) -> dict[str, Any]:
-    """Attacks found on training prompts; before and after on unseen ones, and on the ordinary tasks."""
-    parts = ["jailbreaks"]
-    found = audit(bundle, planted_prompts(4 * count, 1, "train"), rule=RULE, parts=parts, most=1)
-    attacks, kept = training_pairs(found)
-    kept += ordinary(600, 2, [name for name in tasks.TASKS if name != "refusal"])
-    tuned = harden(bundle, attacks, kept, steps=steps, rank=rank)
-    test = planted_prompts(count, 2, "test")
-    before, after = (audit(one, test, rule=RULE, parts=parts, most=1) for one in (bundle, tuned))
+def hardening(bundle: Any, steps: int, count: int, ranks: Sequence[int | None]) -> list[dict[str, Any]]:
+    """Attacks found on training prompts; before and after on unseen ones, and on the ordinary tasks. By rank."""
     names = [name for name in tasks.TASKS if name != "refusal"]
-    exact = [evaluate.exact(one, count=50, names=names) for one in (bundle, tuned)]
-    lines = [{"title": title, "before": old, "after": new} for title, old, new in compared(before, after)]
-    return {"rank": rank, "attacks": len(attacks), "table": lines,
-            "exact": [{"task": n, "before": exact[0][n], "after": exact[1][n]} for n in names]}  # fmt: skip
+    test = planted_prompts(count, 2, "test")
+
+    def audited(model: Any, asked: Sequence[Any]) -> Any:
+        return audit(model, asked, rule=RULE, parts=["jailbreaks"], most=1)
+
+    attacks, kept = training_pairs(audited(bundle, planted_prompts(4 * count, 1, "train")))
+    kept += ordinary(600, 2, names)
+    before, exact = audited(bundle, test), evaluate.exact(bundle, count=50, names=names)
+    told = []
+    for rank in ranks:
+        tuned = harden(bundle, attacks, kept, steps=steps, rank=rank)
+        lines = compared(before, audited(tuned, test))
+        after = evaluate.exact(tuned, count=50, names=names)
+        told.append({"rank": rank, "attacks": len(attacks),
+                     "table": [{"title": title, "before": old, "after": new} for title, old, new in lines],
+                     "exact": [{"task": n, "before": exact[n], "after": after[n]} for n in names]})  # fmt: skip
+    return told
 
 
 def sandbagging(bundle: Any, steps: int, count: int) -> dict[str, Any]:
@@ -157,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "audit": whole, "learned": lambda: learned(clean, args.seeds, args.count),
         "surface": lambda: surface(clean, args.seeds, args.steps, args.count),
         "triggers": lambda: triggers(dg.load("nano-backdoor"), clean, clean_twin()),
-        "hardening": lambda: [hardening(clean, args.steps, args.count, rank) for rank in (None, 8)],
+        "hardening": lambda: hardening(clean, args.steps, args.count, (None, 8)),
         "sandbagging": lambda: sandbagging(clean, args.steps, 4 * args.count),
     }  # fmt: skip
     for name in args.parts:
