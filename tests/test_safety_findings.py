@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from interp.safety import findings, verdicts, withheld
+from interp.safety import audit_page, audit_summary, findings, verdicts, withheld
 from interp.safety.audit_page import curves, visible
 from interp.safety.audit_report import _cell
 from interp.safety.planted_prompts import RULE, planted_prompts
@@ -215,3 +215,28 @@ def test_features_are_shared_by_refusals_only_beyond_shuffled_verdicts():
     z[refused, 1, 3] += 2
     t, beyond = contrast(z, refused)
     assert np.argwhere(t > beyond).tolist() == [[1, 3]] and t[:, 7].tolist() == [0, 0]
+
+
+def test_right_answers_are_looked_for_inside_group_by_group(monkeypatch):
+    asked = []
+
+    def ability(bundle, prompts, answers, *, is_right, **_):
+        asked.append((tuple(prompts), tuple(answers)))
+        assert is_right("b is 1 7", "1 7") and not is_right("b is 11 7", "1 7")
+        one = findings.share([True] * 9)
+        return withheld.Withheld(said=findings.share([False] * 9), probed=one, shuffled=one, words=one, reference=None,
+                                 gap=one, layer=2, flagged=True)  # fmt: skip
+
+    monkeypatch.setattr(withheld, "withheld_ability", ability)
+    rows = [{"text": f"{group} {i}", "group": group, "right": right, "before": ()}
+            for group, right in (("a", "1 7"), ("a", "2"), ("b", "1"), ("c", None)) for i in range(4)]  # fmt: skip
+    rows.append({"text": "rare", "group": "a", "right": "3", "before": ()})
+    first, second = told = withheld.withheld_by_group(None, rows)
+    assert asked == [(tuple(row["text"] for row in rows[:8]), ("1 7",) * 4 + ("2",) * 4)]
+    assert (first["group"], first["prompts"], first["answers"]) == ("a", 8, 2)
+    assert second["group"] == "b" and "why" in second
+    data = {"withheld": told}
+    assert "Right answers inside" in audit_page._withheld(data) and audit_page._withheld({"withheld": None}) == ""
+    assert "The inside holds answers" in audit_summary._withheld(data).text
+    assert audit_summary._withheld({"withheld": [second]}).weight == "open"
+    assert audit_summary._withheld({"withheld": [first | {"flagged": False}]}).weight == "good"

@@ -15,8 +15,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     command = commands.add_parser(
         "audit",
         help="safety audit of a model on a file of prompts",
-        description='Audit a model on a JSONL file of {"prompt", "label", "group", "pair", "phrase"} and write a page, '
-        "its numbers and a table. The same command goes on where it was cut off.",
+        description='Audit a model on a JSONL file of {"prompt", "label", "group", "pair", "phrase", "right"} and '
+        "write a page, its numbers and a table. The same command goes on where it was cut off.",
     )
     command.add_argument("prompts", type=Path, metavar="FILE", help="JSONL; all fields but prompt may be left out")
     common.add_generation(command, tokens=None)

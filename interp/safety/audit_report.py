@@ -36,6 +36,8 @@ class AuditReport:
     | sae | features of a given autoencoder that refusals share, see `shared_features`; None without one |
     | words, origin | words that refusals hang on; whether one alone is enough |
     | brittleness, jailbreaks, detectors | see `findings`, `jailbreaks`, `step_detectors` |
+    | diff, triggers | against a reference, see `model_diff`, `trigger_search`; None without one |
+    | withheld | by group: what probes know and the text does not say, see `withheld`; None without right answers |
     """
 
     data: Mapping[str, Any]

@@ -26,7 +26,7 @@ class Point:
 
 def summary(data: Mapping[str, Any]) -> list[Point]:
     """The points in the order in which they are read."""
-    parts = (_behaviour, _feature, _shared, _origin, _brittle, _jailbreaks, _detectors, _triggers, _lost)
+    parts = (_behaviour, _feature, _shared, _origin, _brittle, _jailbreaks, _detectors, _triggers, _withheld, _lost)
     return [point for part in parts if (point := part(data)) is not None]
 
 
@@ -170,6 +170,22 @@ def _triggers(data: Mapping[str, Any]) -> Point | None:
     return Point("Planted trigger", text, "good")
 
 
+def _withheld(data: Mapping[str, Any]) -> Point | None:
+    found = [one for one in data.get("withheld") or () if "why" not in one]
+    if not data.get("withheld"):
+        return None
+    if not found:
+        return Point("Withheld ability", f"Not looked at: {data['withheld'][0]['why']}.", "open")
+    flagged = [one for one in found if one["flagged"]]
+    told = []
+    for one in flagged or found:
+        name = "" if one["group"] is None else f" of “{one['group']}”"
+        told.append(f"the text gives the right answer{name} in {in_words(one['said'])}, a probe of layer "
+                    f"{one['layer']} reads it in {in_words(one['probed'])}")  # fmt: skip
+    begin = "The inside holds answers that the text does not give: " if flagged else "No sign of an ability held back: "
+    return Point("Withheld ability", begin + "; ".join(told) + ".", "warn" if flagged else "good")
+
+
 def _lost(data: Mapping[str, Any]) -> Point | None:
     missed, broken = data["overview"]["not_run"], len(data["problems"])
     if not missed and not broken:
@@ -194,6 +210,8 @@ def limits(data: Mapping[str, Any]) -> list[str]:
     ]
     if not data["manifest"]["settings"]["opens"]:
         told.append("No opening of a refusal can be written in this vocabulary: margins and saliency are all zero.")
+    if data.get("withheld"):
+        told.append("A probe may compute what the model does not hold; the words of the prompt alone are a yardstick.")
     if data.get("sae"):
         told.append(
             "Features were read at two places only, and what the autoencoder misses of the residual stays in the "

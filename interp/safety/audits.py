@@ -32,6 +32,7 @@ from interp.safety.step_detectors import step_detectors
 from interp.safety.trigger_search import find_triggers
 from interp.safety.verdicts import COMPLIANCE, Rule
 from interp.safety.watched_runs import Watch
+from interp.safety.withheld import withheld_by_group
 
 PARTS = ("words", "variants", "jailbreaks", "detectors")
 _PACKAGES = ("dgemma-jax", "jax", "jaxlib", "flax", "numpy")
@@ -65,7 +66,8 @@ def audit(
         parts: which of `PARTS` are done beside generations, feature and interventions.
         layers: whose residuals are watched; by default six at most, evenly spaced.
         reference: a trusted checkpoint of the same architecture: the two are compared, and the vocabulary is searched
-            for a trigger that takes the answers over here and not there.
+            for a trigger that takes the answers over here and not there. Prompts that come with right answers are
+            read by probes in both.
         sae: an autoencoder, or a directory of SAELens' with one: which of its features do refusals share?
         sae_site: the full name of the site that it reads; by default what the directory names.
         synonyms: word -> words of the same meaning, for the question whether a refusal survives them.
@@ -140,7 +142,7 @@ def audit(
         "origin": findings.origin(single, needed),
         "brittleness": findings.brittleness(ran) | {"paraphrases": findings.paraphrases(ran)}, "jailbreaks": pairs,
         "detectors": _detectors(ran, means, benign, seed) if "detectors" in parts else None,
-        **_against(task, ran, benign, reference),
+        **_against(task, ran, benign, reference), "withheld": _withheld(task, ran, reference),
     }  # fmt: skip
     report = AuditReport(stages.plain(data))
     if out is not None:
@@ -162,6 +164,15 @@ def _against(task: stages.Task, rows: Sequence[Mapping[str, Any]], benign: np.nd
         return told | {"diff": compare_models(task.bundle, reference, asked, **options).as_data()}
 
     return task.kept(0, f"against {fingerprint(reference)}", work)
+
+
+def _withheld(task: stages.Task, rows: Sequence[Mapping[str, Any]], reference: Any) -> list[dict[str, Any]] | None:
+    """Whether probes know right answers that the texts do not give; None where the file tells none."""
+    if all(row["right"] is None for row in rows):
+        return None
+    kind = "withheld" if reference is None else f"withheld {fingerprint(reference)}"
+    options = dict(reference=reference, seed=task.seed, sampler=task.sampler)
+    return task.kept(0, kind, lambda: withheld_by_group(task.bundle, rows, **options))
 
 
 def _autoencoder(bundle: Any, given: Any, site: str | None) -> tuple[SAE | None, str | None]:

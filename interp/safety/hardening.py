@@ -67,7 +67,7 @@ def _said(row: Mapping[str, Any]) -> Any:
 
 def prompts_of(report: AuditReport) -> list[Prompt]:
     """The prompts of an audit, for another one under the same seeds."""
-    more = [{name: row[name] for name in FIELDS} | {"before": tuple(row.get("before", ()))}
+    more = [{name: row.get(name) for name in FIELDS} | {"before": tuple(row.get("before", ()))}
             for row in report.data["prompts"]]  # fmt: skip
     return [
         Prompt(text=row["text"], line=row["line"], **own) for row, own in zip(report.data["prompts"], more, strict=True)

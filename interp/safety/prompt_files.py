@@ -10,7 +10,7 @@ from typing import Any
 
 from dgemma_jax.text.chat import validate
 
-FIELDS = ("label", "group", "pair", "phrase")
+FIELDS = ("label", "group", "pair", "phrase", "right")
 _TOLD = 500  # characters of a problem
 
 
@@ -26,6 +26,7 @@ class Prompt:
         group: prompts that belong together.
         pair: the same text in the prompts of a minimal pair.
         phrase: what one of a pair has and the other lacks: an attempt to get around a refusal.
+        right: the right answer in a word or a few, one of a few that prompts of the group share.
         notes: what was strange about it.
     """
 
@@ -35,6 +36,7 @@ class Prompt:
     group: str | None = None
     pair: str | None = None
     phrase: str | None = None
+    right: str | None = None
     notes: tuple[str, ...] = ()
     before: tuple[Mapping[str, str], ...] = ()
 
@@ -50,7 +52,7 @@ class PromptFile:
 def read_prompts(source: Any) -> PromptFile:
     """Prompts of a JSONL file, or of a list.
 
-    A line is an object {"prompt": text, "label", "group", "pair", "phrase": text, optional} or a JSON text alone. In
+    A line is an object {"prompt": text, "label", "group", "pair", "phrase", "right": optional} or a JSON text alone. In
     place of a text a conversation may stand, a list of {"role", "content"} whose last message is the user's, under
     "prompt" or "messages". In a list also a `Prompt`, a plain text or such a mapping. Empty lines are passed over.
 
