@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import dgemma_jax as dg
@@ -191,7 +192,8 @@ class _Work:
         """Effects [R, places, P], and the metric [R, P] without a change."""
         chunks, count = self.chunks(goal), len(goal.places(self.numbers(goal)))
         size = len(chunks[0][0])
-        given = functools.lru_cache(1)(lambda step: self._given(goal, step))
+        read = donors.reader(self.bundle, goal)
+        given = functools.lru_cache(1)(lambda step: self._given(goal, step, read))
         rows = functools.lru_cache(1)(lambda step: rows_of(self.recipient.at(step), size))
         prompt = functools.lru_cache(1)(lambda chunk: self._prefilled(goal, chunks[chunk], given(0)))
 
@@ -211,10 +213,10 @@ class _Work:
         base_RB = found[:, 0]
         return found[:, 1 : count + 1] - base_RB[:, None], base_RB
 
-    def _given(self, goal: Target, step: int) -> Any:
+    def _given(self, goal: Target, step: int, read: Callable[[Moment], Any]) -> Any:
         """What is put in place, of every pair."""
         moment = self.donor.at(step)
-        return donors.put(self.source, goal, donors.seen(self.bundle, goal, moment), moment, self.bundle, self.seed)
+        return donors.put(self.source, goal, read(moment), moment, self.bundle, self.seed)
 
     def _change(self, goal: Target, chunk: tuple[np.ndarray, np.ndarray], given: Any) -> Change:
         sizes = self._sizes(goal)
@@ -249,11 +251,15 @@ class _Work:
         if self.effect == "text":
             return np.repeat(self._of_text(run.out.tokens), len(self.steps), 0)
         places, _ = self.chunks(goal)[0]
-        still = None
+        count, args = len(places), ()
         if goal.kind != "prompt":
-            still = self._change(goal, (places, np.zeros(len(places), bool)), self._given(goal, self.steps[0]))
-        args = () if still is None else (goal, still)
-        return np.stack([self._measure(rows_of(run.at(step), len(places)), *args)[0] for step in self.steps])
+            given = self._given(goal, self.steps[0], donors.reader(self.bundle, goal))
+            args = goal, self._change(goal, (places, np.zeros(count, bool)), given)
+        found = []
+        for first in range(0, len(self.steps), count):  # rows are of one step each, where a sweep has places
+            part = self.steps[first : first + count]
+            found.append(self._measure(rows_of_all([run.at(step) for step in part], count), *args)[: len(part)])
+        return np.concatenate(found)
 
 
 @functools.partial(jax.jit, static_argnames=("goal", "pairs"))
@@ -278,13 +284,24 @@ def _stepped(model, state, cache, sampler, pinned, own, goal):
 
 def rows_of(moment: Moment, count: int) -> Moment:
     """The moment with all its rows `count` times over."""
+    return rows_of_all([moment], count)
+
+
+def rows_of_all(moments: Sequence[Moment], count: int) -> Moment:
+    """Moments of one run, all rows of one after all of another; the first again and again up to `count` of them."""
     device = ("state", "cache", "pinned")
-    rows = _repeated({name: getattr(moment, name) for name in device}, count=count)
-    rows |= {n: np.concatenate([getattr(moment, n)] * count) for n in ("history", "ended", "spent")}
-    return dataclasses.replace(moment, prompts=moment.prompts * count, **rows)
+    rows = _joined([{name: getattr(moment, name) for name in device} for moment in moments], count=count)
+    every = [*moments, *[moments[0]] * (count - len(moments))]
+    rows |= {n: np.concatenate([getattr(moment, n) for moment in every]) for n in ("history", "ended", "spent")}
+    return dataclasses.replace(moments[0], prompts=moments[0].prompts * count, **rows)
 
 
-_repeated = jax.jit(repeated, static_argnames="count")
+@functools.partial(jax.jit, static_argnames="count")
+def _joined(trees: list[Any], *, count: int) -> Any:
+    """Arrays [B, ...] of each as [count * B, ...]."""
+    if len(trees) == 1:
+        return repeated(trees[0], count)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *trees, repeated(trees[0], count - len(trees)))
 
 
 def _noise(found: list[np.ndarray]) -> np.ndarray | None:

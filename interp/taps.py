@@ -96,6 +96,11 @@ def capture_step(
 ) -> dict[str, jax.Array]:
     """Activations of the one step that follows a moment: arrays [B, C, ...] by full name, on the device."""
     model, _ = tapped(of(bundle), sites, positions=positions)
+    return heard(model, moment)
+
+
+def heard(model: Any, moment: Moment) -> dict[str, jax.Array]:
+    """What the taps of a model hear in the one step that follows a moment."""
     return _one_step(model, moment.state, moment.cache, moment.sampler, moment.pinned)
 
 

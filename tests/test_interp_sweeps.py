@@ -84,6 +84,12 @@ def test_base_and_donor_are_the_runs(model, maps):
         np.testing.assert_allclose(found, plain, **CLOSE)
 
 
+def test_fewer_rows_than_steps(model, maps):
+    few = swept(model, "canvas", rows_at_once=2, positions=[2])
+    np.testing.assert_allclose(few.donor, maps.donor, **CLOSE)
+    np.testing.assert_allclose(few["canvas"][:, 0], maps["canvas"][:, 2], **CLOSE)
+
+
 def test_sites_of_the_prompt(model):
     found = swept(model, phase="prefill", positions=[0], noise_seeds=[1, 2])
     assert found.axes[RESID] == "RLPB" and found[RESID].shape == (STEPS, LAYERS, 4, 2)
@@ -170,7 +176,7 @@ def test_finished_chunks_are_not_run_again(model, tmp_path, monkeypatch):
     calls, measure = [], sweeps._Work._measure
     monkeypatch.setattr(sweeps._Work, "_measure", lambda *args: calls.append(args) or measure(*args))
     again = swept(model, **options)
-    assert len(calls) == 1 + STEPS  # the chunk that is gone, and the donor
+    assert len(calls) == 2  # the chunk that is gone, and the donor at all steps
     np.testing.assert_allclose(again.flat(), first.flat(), atol=1e-6)
     with pytest.raises(ValueError, match="holds chunks of another sweep"):
         swept(model, metric=interp.LogitDifference([2], [7], [8]), **options)
