@@ -65,6 +65,10 @@ def test_parquet_holds_the_same(tmp_path):
     assert parquet.read_table(path).to_pydict()["t"] == ["a", ""]
 
 
+def test_parts_that_need_as_much_room_run_on():
+    assert list(batches.runs([0, 2, 3, 7, 8], [48, 48, 64, 64, 48])) == [[0, 2], [3, 7], [8]]
+
+
 def test_batches_hold_every_row_once_and_like_lengths_together():
     lengths = np.random.default_rng(0).integers(3, 90, 50)
     plan = batches.planned(lengths, 16)

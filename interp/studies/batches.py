@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from dgemma_jax.nn import meshes
 from dgemma_jax.nn.functional import of
 
 LOGIT_BYTES = 4 << 30  # of some four arrays [B, C, V] that a step holds
-MOST_ROWS = 256
+MOST_ROWS = 64
 
 
 def planned(lengths: Sequence[int], size: int) -> list[np.ndarray]:
@@ -23,6 +24,12 @@ def planned(lengths: Sequence[int], size: int) -> list[np.ndarray]:
 def filled(rows: np.ndarray, size: int) -> np.ndarray:
     """At least `size` rows, the last one repeated, for one shape throughout; what the copies give is thrown away."""
     return np.concatenate([rows, np.repeat(rows[-1:], max(0, size - len(rows)))])
+
+
+def runs(parts: Sequence[int], room: Sequence[int]) -> Iterator[list[int]]:
+    """Parts one after the other that need room for as many tokens."""
+    for _, some in itertools.groupby(zip(parts, room, strict=True), key=lambda part: part[1]):
+        yield [part for part, _ in some]
 
 
 def together(made: Iterable[tuple[int, Any]], size: int, count: int) -> Iterator[tuple[np.ndarray, list[Any]]]:

@@ -55,7 +55,7 @@ def theirs(model: Any, bundle: Any, questions: Questions, rows: int) -> float:
     return right / len(questions)
 
 
-def compare(count: int = 512, batch: int = 256, runs: int = 3, threads: int = 2) -> report.Report:
+def compare(count: int = 2000, batch: int = 64, runs: int = 3, threads: int = 2) -> report.Report:
     """Time both sides on `nano`, after a check that they answer alike.
 
     Args:
@@ -124,7 +124,7 @@ def _fastest(model: Any, call: Callable[[], Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m interp.studies.bench_study", description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=512, help="prompts of the study (512)")
+    parser.add_argument("--count", type=int, default=2000, help="prompts of the study (2000)")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each (3)")
     parser.add_argument("--threads", type=int, default=2, help="processors for either side (2)")
     parser.add_argument("--save", action="store_true", help="keep the numbers beside those of dgemma_jax.bench")

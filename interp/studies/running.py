@@ -10,8 +10,8 @@ The directory of a study:
 | summary.json, summary.txt, figures/*.png | what is made of them |
 
 Which rows make a part depends on the prompts and settings alone, and a file is there whole or not at all. A study
-that was killed and run again leaves the same bytes as one that was not, and so does one that many hosts made. Within
-a part a row that has finished makes room for the next (`dg.stream`).
+that was killed and run again leaves the same bytes as one that was not, and so does one that many hosts made. A row
+that has finished makes room for the next (`dg.stream`), of the next part too where rows are of like length.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import numpy as np
 
 import dgemma_jax as dg
 from dgemma_jax.diffusion import prompts as inputs
+from dgemma_jax.diffusion.generate import blocks_for, bucket
+from dgemma_jax.nn.functional import of
 from dgemma_jax.progress import bar
 from interp.questions import GRADERS
 from interp.studies import batches, columns, manifest, statistics_table
@@ -61,7 +63,8 @@ def study(
         out: directory of the study. Run it again with the same arguments to go on.
         seeds: generations of each prompt, under seed, seed + 1, ...
         sampler, max_new_tokens, thinking: as for `dg.generate`.
-        batch: generations at a time; by default what fits. An interruption loses at most eight batches.
+        batch: generations at a time; by default what fits. An interruption loses the parts, of one to eight batches
+            each, that are not whole yet: seldom more than two.
         grade: how an answer is met, "exact" or "contains"; prompts without answer are not graded.
         monitors: regular expressions by name, for the statistic "monitorability"; by default a probe.
         hosts, host: of how many this is which, all with the same `out`, see `interp.studies.hosts`; by default as
@@ -96,31 +99,37 @@ def study(
             manifest.clear(out)
     if not (out / ROWS).exists():
         record = statistics_table.record_for(bundle, chosen.values())
-        plan = batches.planned([len(row.ids) for row in rows], _part(len(rows), size))
+        each = _part(len(rows), size)
+        plan = batches.planned([len(row.ids) for row in rows], each)
         paths = [out / "parts" / f"{number:05d}.npz" for number in range(len(plan))]
         mine, absent = share.mine(range(len(plan))), share.absent(paths)
         if share.writes:
             manifest.clear(out, mine)
             (out / "parts").mkdir(exist_ok=True)
         with bar(f"study {name}", sum(len(plan[number]) for number in mine), progress, "generations") as done:
-            for number in mine:
-                own = plan[number]
-                if number not in absent:
-                    done(len(own))
-                    continue
+            todo = [number for number in mine if number in absent]
+            done(sum(len(plan[number]) for number in mine if number not in absent))
+            config = of(bundle).config
+            longest = [max(len(rows[i].ids) for i in plan[number]) for number in todo]
+            room = [bucket(n + blocks_for(n, max_new_tokens, config) * config.canvas_length) for n in longest]
+            for numbers in batches.runs(todo, room):
+                own = np.concatenate([plan[number] for number in numbers])
                 part = [rows[i] for i in batches.filled(own, size)]
                 asked = ([row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record)
-                found = []
+                found: dict[int, list] = {}
                 for at, results in batches.together(dg.stream(bundle, *asked, rows=size), size, len(own)):
                     whole = batches.filled(np.arange(len(at)), size)
                     some = dg.collected([results[i] for i in whole])
                     said = _said([part[at[i]] for i in whole], some, grade)
                     measured = said | statistics_table.measured(bundle, some, chosen.values())
-                    found.append((at, {name: values[: len(at)] for name, values in measured.items()}))
+                    number = numbers[at[0] // each]
+                    there = found.setdefault(number, [])
+                    there.append((at, {name: values[: len(at)] for name, values in measured.items()}))
                     done(len(at))
-                if share.writes:
-                    order = np.argsort(np.concatenate([at for at, _ in found]))
-                    columns.write(paths[number], columns.joined([values for _, values in found], order))
+                    if share.writes and sum(len(a) for a, _ in there) == len(plan[number]):
+                        order = np.argsort(np.concatenate([a for a, _ in there]))
+                        columns.write(paths[number], columns.joined([values for _, values in there], order))
+                        del found[number]
         share.meet()
         there = [number for number in range(len(plan)) if paths[number].exists()]
         is_last = share.together or len(there) == len(plan) or (out / ROWS).exists()  # or just joined
