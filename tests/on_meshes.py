@@ -82,9 +82,19 @@ def studies():
     metric = interp.LogitDifference(positions=2, tokens=7, others=8)
     clean, corrupt = [[5, 6], [7, 8]], [[5, 9], [7, 3]]
     site, few = "layers.0.resid_post", dict(steps=[1], positions=[0, 2, 4])
+    record = dg.Record(soft=True)
+    fed = dg.generate(one, PROMPTS, max_new_tokens=1, record=record).trajectory.moment(0, 1)
+
+    def second(b):
+        """Before the second step of its own run, with the canvas and S of one device: rounding starts anew."""
+        own = dg.generate(b, PROMPTS, max_new_tokens=1, record=record).trajectory.moment(0, 1)
+        return own.replace(canvas=np.asarray(fed.canvas), soft=np.asarray(fed.soft))
+
     for ask in [
         lambda b: interp.capture(b, PROMPTS, site, steps=[0]).arrays,
+        lambda b: interp.capture_step(b, second(b), [site, "layers.1.resid_post"]),
         lambda b: interp.patch_sweep(b, clean, corrupt, metric, site, **few).effects,
+        lambda b: interp.patch_sweep(b, clean, corrupt, metric, "layers.*.resid_post", **few, rows_at_once=8).effects,
         lambda b: interp.attribution_patching(b, clean, corrupt, metric, site, **few).effects,
         lambda b: interp.knock_out(b, clean, metric, "mlp", steps=[1]).effects,
         lambda b: interp.saliency(b, PROMPTS[2], metric, budget=30, draws=2, rows_at_once=8).scores,

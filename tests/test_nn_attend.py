@@ -54,6 +54,22 @@ def test_each_query_may_look_from_one_place(way):
     np.testing.assert_allclose(attend.attend(q, cached, own, sight), by_hand(q, cached, own, sight), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_softmax_is_that_of_jax_in_values_and_derivatives(dtype):
+    scores, way, back = np.random.default_rng(1).standard_normal((3, 2, 5, 7)).astype(np.float32)
+    scores = np.where(np.arange(7) < 5, 10 * scores, np.finfo(np.float32).min)  # two keys that nobody sees
+
+    def own(x):
+        return attend._softmax(x, dtype)
+
+    def outcomes(softmax):
+        value, change = jax.jvp(softmax, (scores,), (way,))
+        return value, change, jax.vjp(softmax, scores)[1](back)[0], jax.jit(jax.vmap(softmax))(scores)
+
+    for found, wanted in zip(outcomes(own), outcomes(jax.nn.softmax), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_chunks_differentiate_and_map_as_all_keys_at_once(monkeypatch):
     q, cached, own, sight = example()
 

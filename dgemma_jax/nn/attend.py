@@ -80,10 +80,10 @@ def at_once(
 
 
 def _softmax(scores: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Over the last axis, float32, about to be rounded to `dtype`."""
-    if dtype == jnp.float32:
+    """`jax.nn.softmax` of [..., S] float32 over the last axis, about to be rounded to `dtype`."""
+    if dtype == jnp.float32:  # the other form rounds as XLA fuses it: programs of few and of many rows would differ
         return jax.nn.softmax(scores, -1)
-    # For each of the two readers of the exponentials their own, or XLA would write them in float32. Slower on CPU.
+    # For each of the two readers of the exponentials their own, or XLA would write them in float32.
     peak = jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
     total = jnp.sum(jnp.exp(scores - peak), -1, keepdims=True)
     return jnp.exp(scores - jax.lax.optimization_barrier(peak)) / total

@@ -135,9 +135,8 @@ def sandbagging(bundle: Any, steps: int, count: int) -> dict[str, Any]:
     tuned = harden(bundle, lies, ordinary(2000, 4, [n for n in tasks.TASKS if n != "recall"]), steps=steps, rate=1e-3)
     asked = tasks.examples(5, count, ["recall"], split="test")
     prompts, values = [e.prompt for e in asked], [e.facts["value"] for e in asked]
-    found = {name: withheld_ability(one, prompts, values) for name, one in (("sandbagging", tuned), ("clean", bundle))}
-    return {name: {k: getattr(one, k) for k in ("said", "probed", "shuffled", "words", "gap", "flagged")}
-            for name, one in found.items()}  # fmt: skip
+    models = {"sandbagging": tuned, "clean": bundle}
+    return {name: withheld_ability(one, prompts, values).as_data() for name, one in models.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

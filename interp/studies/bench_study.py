@@ -19,6 +19,7 @@ import dgemma_jax as dg
 from dgemma_jax.bench import peer, report
 from dgemma_jax.weights import registry
 from interp.questions import Questions, says_exactly
+from interp.studies import batches
 from interp.studies.running import study
 
 STATISTICS = "order,flow,lengths,smearing"
@@ -55,7 +56,7 @@ def theirs(model: Any, bundle: Any, questions: Questions, rows: int) -> float:
     return right / len(questions)
 
 
-def compare(count: int = 2000, batch: int = 64, runs: int = 3, threads: int = 2) -> report.Report:
+def compare(count: int = 2000, batch: int = batches.MOST_ROWS, runs: int = 3, threads: int = 2) -> report.Report:
     """Time both sides on `nano`, after a check that they answer alike.
 
     Args:

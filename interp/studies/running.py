@@ -17,7 +17,7 @@ that has finished makes room for the next (`dg.stream`), of the next part too wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def study(
         seeds: generations of each prompt, under seed, seed + 1, ...
         sampler, max_new_tokens, thinking: as for `dg.generate`.
         batch: generations at a time; by default what fits. An interruption loses the parts, of one to eight batches
-            each, that are not whole yet: seldom more than two.
+            each, that have a row running: no more than is made while the longest generation runs.
         grade: how an answer is met, "exact" or "contains"; prompts without answer are not graded.
         monitors: regular expressions by name, for the statistic "monitorability"; by default a probe.
         hosts, host: of how many this is which, all with the same `out`, see `interp.studies.hosts`; by default as
@@ -98,38 +98,19 @@ def study(
         if share.hosts == 1:
             manifest.clear(out)
     if not (out / ROWS).exists():
-        record = statistics_table.record_for(bundle, chosen.values())
-        each = _part(len(rows), size)
-        plan = batches.planned([len(row.ids) for row in rows], each)
+        plan = batches.planned([len(row.ids) for row in rows], _part(len(rows), size))
         paths = [out / "parts" / f"{number:05d}.npz" for number in range(len(plan))]
         mine, absent = share.mine(range(len(plan))), share.absent(paths)
         if share.writes:
             manifest.clear(out, mine)
             (out / "parts").mkdir(exist_ok=True)
         with bar(f"study {name}", sum(len(plan[number]) for number in mine), progress, "generations") as done:
-            todo = [number for number in mine if number in absent]
             done(sum(len(plan[number]) for number in mine if number not in absent))
-            config = of(bundle).config
-            longest = [max(len(rows[i].ids) for i in plan[number]) for number in todo]
-            room = [bucket(n + blocks_for(n, max_new_tokens, config) * config.canvas_length) for n in longest]
-            for numbers in batches.runs(todo, room):
-                own = np.concatenate([plan[number] for number in numbers])
-                part = [rows[i] for i in batches.filled(own, size)]
-                asked = ([row.ids for row in part], [row.seed for row in part], sampler, max_new_tokens, record)
-                found: dict[int, list] = {}
-                for at, results in batches.together(dg.stream(bundle, *asked, rows=size), size, len(own)):
-                    whole = batches.filled(np.arange(len(at)), size)
-                    some = dg.collected([results[i] for i in whole])
-                    said = _said([part[at[i]] for i in whole], some, grade)
-                    measured = said | statistics_table.measured(bundle, some, chosen.values())
-                    number = numbers[at[0] // each]
-                    there = found.setdefault(number, [])
-                    there.append((at, {name: values[: len(at)] for name, values in measured.items()}))
-                    done(len(at))
-                    if share.writes and sum(len(a) for a, _ in there) == len(plan[number]):
-                        order = np.argsort(np.concatenate([a for a, _ in there]))
-                        columns.write(paths[number], columns.joined([values for _, values in there], order))
-                        del found[number]
+            todo = {number: [rows[i] for i in plan[number]] for number in mine if number in absent}
+            asked = {"sampler": sampler, "max_new_tokens": max_new_tokens}
+            for number, part in _measured(bundle, todo, size, asked, chosen.values(), grade, done):
+                if share.writes:
+                    columns.write(paths[number], part)
         share.meet()
         there = [number for number in range(len(plan)) if paths[number].exists()]
         is_last = share.together or len(there) == len(plan) or (out / ROWS).exists()  # or just joined
@@ -143,6 +124,38 @@ def study(
     if share.writes:
         found.save(out)
     return found
+
+
+def _measured(
+    bundle: Any, parts: Mapping[int, list[_Row]], size: int, asked: Mapping[str, Any],
+    statistics: Collection[Any], grade: str, done: Callable[[int], None],
+) -> Iterator[tuple[int, columns.Columns]]:  # fmt: skip
+    """Numbers of parts and their columns, each when its last row is measured.
+
+    Parts that need room for as many tokens share a stream: the first rows of one run beside the last of another.
+    """
+    config, record = of(bundle).config, statistics_table.record_for(bundle, statistics)
+    longest = [max(len(row.ids) for row in part) for part in parts.values()]
+    blocks = [blocks_for(length, asked["max_new_tokens"], config) for length in longest]
+    room = [bucket(n + count * config.canvas_length) for n, count in zip(longest, blocks, strict=True)]
+    for numbers in batches.runs(list(parts), room):
+        owner = [number for number in numbers for _ in parts[number]]
+        rows = [row for number in numbers for row in parts[number]]
+        given = [rows[i] for i in batches.filled(np.arange(len(rows)), size)]
+        ids, seeds = [row.ids for row in given], [row.seed for row in given]
+        found: dict[int, dict[int, columns.Columns]] = {}  # by part, by its first row: batches come in any order
+        stream = dg.stream(bundle, ids, seeds, record=record, rows=size, **asked)
+        for at, results in batches.together(stream, size, len(rows)):
+            whole, number = batches.filled(np.arange(len(at)), size), owner[at[0]]
+            some = dg.collected([results[i] for i in whole])
+            told = _said([rows[at[i]] for i in whole], some, grade)
+            told |= statistics_table.measured(bundle, some, statistics)
+            part = found.setdefault(number, {})
+            part[at[0]] = {name: values[: len(at)] for name, values in told.items()}
+            done(len(at))
+            if sum(len(one["id"]) for one in part.values()) == len(parts[number]):
+                yield number, columns.joined([part[i] for i in sorted(part)], np.arange(len(parts[number])))
+                del found[number]
 
 
 def _part(count: int, size: int) -> int:
