@@ -7,7 +7,7 @@
 |---|---|
 | step-8 | the plain step, for comparison |
 | captures-8 | the same with the residuals of all layers as outputs |
-| sweep-8 | a step of `interp.patch_sweep`: each row takes a residual at a layer and position of its own, as data |
+| sweep-8 | a step of `interp.patch_sweep`: a row takes a residual at a place of its own, early layers need not run |
 
 Times are not seen.
 """
@@ -44,7 +44,7 @@ def build(target: str, name: str, config: Any = None) -> tuple[Any, tuple, dict]
     from dgemma_jax.nn import cache as kv
     from dgemma_jax.nn import transformer
     from dgemma_jax.nn.placement import with_experts
-    from interp import places, sweeps, taps
+    from interp import later_layers, places, sweeps, taps
 
     config = config or dg.ModelConfig()
     model = with_experts(transformer.abstract(config), "mosaic" if target in targets.GPUS else "dense")
@@ -53,8 +53,8 @@ def build(target: str, name: str, config: Any = None) -> tuple[Any, tuple, dict]
         config.canvas_length, m,
     ), model)  # fmt: skip
     cache = jax.eval_shape(lambda: kv.empty(config, ROWS, programs.CONTEXT, jnp.bfloat16))
-    settings, change, metric = dg.SamplerConfig(), None, interp.LogitDifference(positions=0, tokens=7, others=8)
-    goal = None
+    settings, metric = dg.SamplerConfig(), interp.LogitDifference(positions=0, tokens=7, others=8)
+    goal = change = begin = None
     if name == "sweep-8":
         (goal,) = places.targets(model, "layers.*.resid_post", "denoise", ("position",))
         change = places.Change(
@@ -62,6 +62,7 @@ def build(target: str, name: str, config: Any = None) -> tuple[Any, tuple, dict]
             {"T": jax.ShapeDtypeStruct((ROWS, config.canvas_length), bool)},
             jax.ShapeDtypeStruct((ROWS, 1, config.embed_dim), jnp.bfloat16),
         )
+        begin = jax.eval_shape(lambda m: later_layers.Beginning.anew(m, 1), model)
     if name == "captures-8":
         model = taps.tapped(model, ["layers.*.resid_post"])[0]
 
@@ -75,8 +76,10 @@ def build(target: str, name: str, config: Any = None) -> tuple[Any, tuple, dict]
     if name != "sweep-8":
         return step, (*laid, settings), {}
     metric = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype), metric)
-    own, metric = (programs.laid(x, chip) for x in (change, metric))
-    return sweeps._metric, (*laid, settings, None, own, metric), {"goal": goal, "pairs": 1}
+    own, begin, metric = (programs.laid(x, chip) for x in (change, begin, metric))
+    leaves, tree = jax.tree.flatten(laid[0])
+    given = (leaves, *laid[1:], settings, None, own, begin, metric)
+    return sweeps._metric, given, {"tree": tree, "goal": goal, "pairs": 1}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from penzai import pz
 from dgemma_jax.nn.embedder import SoftEmbed
 from dgemma_jax.nn.functional import of
 from dgemma_jax.nn.sites import Site, SiteInfo, describe
+from dgemma_jax.nn.transformer import Layer
 
 
 class Sites(Sequence[SiteInfo]):
@@ -103,6 +104,11 @@ def placed(model: Any) -> dict[str, Site]:
     """What stands at every site, by full name, in the order of `sites`."""
     found = {full_name(path, site): site for path, site in at(model, "*").get_by_path().items()}
     return {info.name: found[info.name] for info in sites(model)}
+
+
+def layers(model: Any) -> pz.Selection:
+    """The layers."""
+    return pz.select(of(model)).at_instances_of(Layer)
 
 
 def soft_embedding(model: Any) -> pz.Selection:

@@ -1,9 +1,10 @@
 """Activation patching at every place of a run: [step, layer, position], heads, experts and carriers.
 
 A chunk of n interventions on P pairs of prompts is one compiled step of n * P rows. Every intervention starts from
-the recipient's own moment at its step, under the recipient's keys; effects are differences to a row of the same batch
-that takes nothing. Terms: Zhang and Nanda, arXiv 2309.16042 (denoising, noising, resampling); places by step and
-carrier are what a diffusion model adds.
+the recipient's own moment at its step, under the recipient's keys; effects are differences to a row of the same
+program that takes nothing, and the layers before the first changed one hand on what they did in that row. Terms:
+Zhang and Nanda, arXiv 2309.16042 (denoising, noising, resampling); places by step and carrier are what a diffusion
+model adds.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from dgemma_jax.nn.functional import of
 from interp import donors, kept_chunks
 from interp.effect_maps import EffectMap
 from interp.gates import table
+from interp.later_layers import Beginning, begun
 from interp.metrics import Metric
 from interp.places import Change, Target, change, changed, edited, targets
 from interp.rows import as_data, measured, repeated, that_fit
 from interp.sweep_inputs import Run, check_metric, chosen, pairs, steps_of
 
+FULL = 256  # tokens that keep a device busy
+LAST_IN_LAYER = "layers.*.resid_post"
 DIRECTIONS, EFFECTS = ("denoising", "noising"), ("step", "text")
 
 
@@ -156,6 +160,12 @@ class _Work:
     steps: tuple[int, ...]
     index: dict[str, list[int]]
     rows_at_once: int | None
+    _readers: dict[Target, Callable[[Moment], Any]] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def model(self) -> tuple[list[jax.Array], jax.tree_util.PyTreeDef]:
+        """Leaves and structure: to take the modules apart again in every call costs as much as a small step."""
+        return jax.tree.flatten(of(self.bundle))
 
     @property
     def pairs(self) -> int:
@@ -174,11 +184,16 @@ class _Work:
         return {"T": length, "P": length, "N": config.num_heads, "K": heads, "E": config.num_experts}
 
     def chunks(self, goal: Target) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Places, and whether each is one: the first of all stands for no change, and so does what fills the last."""
+        """Places, and whether each is one: the first of all stands for no change, and so does what fills up."""
         places = goal.places(self.numbers(goal))
+        most = that_fit(self.bundle, self.recipient, self.pairs, self.rows_at_once)
+        in_layer = len(places) // max(1, len(goal.layers))
+        enough = in_layer * of(self.bundle).config.canvas_length >= FULL and len(goal.layers) <= most
+        if goal.kind == "site" and goal.layers and enough and in_layer < most:  # a layer a chunk: as few run as can
+            acts = np.arange(in_layer + 1) > 0
+            return [(np.concatenate([own[:1], own]), acts) for own in np.split(places, len(goal.layers))]
         places = np.concatenate([places[:1], places])
         acts = np.arange(len(places)) > 0
-        most = that_fit(self.bundle, self.recipient, self.pairs, self.rows_at_once)
         size = math.ceil(len(places) / math.ceil(len(places) / most))  # chunks of about equal size
         fill = -len(places) % size
         places, acts = np.pad(places, [(0, fill), (0, 0)], "edge"), np.pad(acts, (0, fill))
@@ -190,17 +205,24 @@ class _Work:
 
     def sweep(self, goal: Target, kept: Callable, done: Callable[[int], None]) -> tuple[np.ndarray, np.ndarray]:
         """Effects [R, places, P], and the metric [R, P] without a change."""
-        chunks, count = self.chunks(goal), len(goal.places(self.numbers(goal)))
-        size = len(chunks[0][0])
-        read = donors.reader(self.bundle, goal)
-        given = functools.lru_cache(1)(lambda step: self._given(goal, step, read))
+        chunks = self.chunks(goal)
+        size, acts = len(chunks[0][0]), np.concatenate([acts for _, acts in chunks])
+        given = functools.lru_cache(1)(lambda step: self._given(goal, step))
         rows = functools.lru_cache(1)(lambda step: rows_of(self.recipient.at(step), size))
         prompt = functools.lru_cache(1)(lambda chunk: self._prefilled(goal, chunks[chunk], given(0)))
+        handed: dict[int, list[jax.Array]] = {}  # of one step, by the row that takes nothing
 
         def one(step: int, chunk: int) -> np.ndarray:
             if goal.kind == "prompt":
-                return self._measure(rows(step).replace(cache=prompt(chunk)))
-            return self._measure(rows(step), goal, self._change(goal, chunks[chunk], given(step)))
+                return self._measure(rows(step).replace(cache=prompt(chunk)))[0]
+            begin = self._beginning(goal)
+            if chunk and step in handed:
+                begin = Beginning(_first(goal, *chunks[chunk]), handed[step])
+            found, left = self._measure(rows(step), goal, self._change(goal, chunks[chunk], given(step)), begin)
+            if begin is not None and not chunk:
+                handed.clear()
+                handed[step] = left
+            return found
 
         jobs = [(r, c) for r in self.steps for c in range(len(chunks))]
         if goal.kind == "prompt":
@@ -211,12 +233,14 @@ class _Work:
             done(1)
         found = np.stack([np.concatenate([values[r, c] for c in range(len(chunks))]) for r in self.steps])
         base_RB = found[:, 0]
-        return found[:, 1 : count + 1] - base_RB[:, None], base_RB
+        return found[:, acts] - base_RB[:, None], base_RB
 
-    def _given(self, goal: Target, step: int, read: Callable[[Moment], Any]) -> Any:
+    def _given(self, goal: Target, step: int) -> Any:
         """What is put in place, of every pair."""
+        if goal not in self._readers:
+            self._readers[goal] = donors.reader(self.bundle, goal)
         moment = self.donor.at(step)
-        return donors.put(self.source, goal, read(moment), moment, self.bundle, self.seed)
+        return donors.put(self.source, goal, self._readers[goal](moment), moment, self.bundle, self.seed)
 
     def _change(self, goal: Target, chunk: tuple[np.ndarray, np.ndarray], given: Any) -> Change:
         sizes = self._sizes(goal)
@@ -229,14 +253,24 @@ class _Work:
         model = edited(goal, self._change(goal, chunk, given), of(self.bundle))
         return prefill_prompts(model, self.recipient.ids * len(chunk[0]), self.recipient.moment.num_blocks)
 
-    def _measure(self, moment: Moment, goal: Target | None = None, own: Change | None = None) -> np.ndarray:
-        """[n, P] the metric of the step that follows a moment of n * P rows, or of the text."""
-        args = (of(self.bundle), moment.state, moment.cache, moment.sampler, moment.pinned, own)
+    def _beginning(self, goal: Target) -> Beginning | None:
+        """All layers run, and say what they hand on; None where no later chunk could use that."""
+        if goal.kind == "site" and goal.layers and len(self.chunks(goal)) > 1:
+            return Beginning.anew(of(self.bundle), self.pairs)
+        return None
+
+    def _measure(
+        self, moment: Moment, goal: Target | None = None, own: Change | None = None, begin: Beginning | None = None
+    ) -> tuple[np.ndarray, list[jax.Array]]:
+        """[n, P] the metric of the step that follows a moment of n * P rows, or of the text; what layers handed on."""
+        leaves, tree = self.model
+        args = (leaves, moment.state, moment.cache, moment.sampler, moment.pinned, own, begin)
         if self.effect == "step":
-            return np.asarray(_metric(*args, as_data(self.metric), goal=goal, pairs=self.pairs), np.float32)
-        state, cache = _next(*args, goal=goal)
+            found, left = _metric(*args, as_data(self.metric), tree=tree, goal=goal, pairs=self.pairs)
+            return np.asarray(found, np.float32), left
+        state, cache, left = _next(*args, tree=tree, goal=goal)
         out = dg.resume(self.bundle, moment.replace(state=state, cache=cache), record=dg.Record.nothing())
-        return self._of_text(out.tokens)
+        return self._of_text(out.tokens), left
 
     def _of_text(self, tokens: np.ndarray) -> np.ndarray:
         """[n, P] of generated tokens [n * P, .]."""
@@ -253,33 +287,46 @@ class _Work:
         places, _ = self.chunks(goal)[0]
         count, args = len(places), ()
         if goal.kind != "prompt":
-            given = self._given(goal, self.steps[0], donors.reader(self.bundle, goal))
-            args = goal, self._change(goal, (places, np.zeros(count, bool)), given)
+            given = self._given(goal, self.steps[0])
+            args = goal, self._change(goal, (places, np.zeros(count, bool)), given), self._beginning(goal)
         found = []
         for first in range(0, len(self.steps), count):  # rows are of one step each, where a sweep has places
             part = self.steps[first : first + count]
-            found.append(self._measure(rows_of_all([run.at(step) for step in part], count), *args)[: len(part)])
+            found.append(self._measure(rows_of_all([run.at(step) for step in part], count), *args)[0][: len(part)])
         return np.concatenate(found)
 
 
-@functools.partial(jax.jit, static_argnames=("goal", "pairs"))
-def _metric(model, state, cache, sampler, pinned, own, metric, *, goal, pairs) -> jax.Array:
-    """[n, P] the metric of a patched step of n * P rows."""
-    logits = _stepped(model, state, cache, sampler, pinned, own, goal)[1].logits
-    return measured(metric, logits, logits.shape[0] // pairs)
+def _first(goal: Target, places: np.ndarray, acts: np.ndarray) -> jax.Array:
+    """The first layer that has more to do than to hand on, changed or not."""
+    return jnp.int32(places[acts, 0].min() + (goal.name == LAST_IN_LAYER))
 
 
-@functools.partial(jax.jit, static_argnames="goal")
-def _next(model, state, cache, sampler, pinned, own, *, goal) -> tuple[State, KVCache]:
-    """The state after a patched step; and the cache, changed if that is what was patched."""
-    state, _, cache = _stepped(model, state, cache, sampler, pinned, own, goal)
-    return state, cache
+@functools.partial(jax.jit, static_argnames=("tree", "goal", "pairs"))
+def _metric(leaves, state, cache, sampler, pinned, own, begin, metric, *, tree, goal, pairs) -> tuple[jax.Array, list]:
+    """[n, P] the metric of a patched step of n * P rows; what its layers handed on."""
+    _, view, _, left = _stepped(tree.unflatten(leaves), state, cache, sampler, pinned, own, begin, goal)
+    return measured(metric, view.logits, view.logits.shape[0] // pairs), left
 
 
-def _stepped(model, state, cache, sampler, pinned, own, goal):
+@functools.partial(jax.jit, static_argnames=("tree", "goal"))
+def _next(leaves, state, cache, sampler, pinned, own, begin, *, tree, goal) -> tuple[State, KVCache, list]:
+    """The state after a patched step; the cache, changed if that is what was patched; what layers handed on."""
+    state, _, cache, left = _stepped(tree.unflatten(leaves), state, cache, sampler, pinned, own, begin, goal)
+    return state, cache, left
+
+
+def _stepped(model, state, cache, sampler, pinned, own, begin, goal):
+    left: dict[int, jax.Array] = {}
     if goal is not None:
         model, state, cache = changed(goal, own, model, state, cache)
-    return *denoise_step(model, state, cache, sampler, pinned), cache
+    if begin is not None:
+
+        def at_end(layer: int, x: jax.Array) -> jax.Array:
+            return own.take(goal.axes, layer, own.value)(x) if goal.name == LAST_IN_LAYER else x
+
+        model, left = begun(model, begin, at_end)
+    state, view = denoise_step(model, state, cache, sampler, pinned)
+    return state, view, cache, [left[layer] for layer in sorted(left)]
 
 
 def rows_of(moment: Moment, count: int) -> Moment:
@@ -307,5 +354,3 @@ def _joined(trees: list[Any], *, count: int) -> Any:
 def _noise(found: list[np.ndarray]) -> np.ndarray | None:
     """[R, P] spread over seeds."""
     return None if not found else np.std(np.stack(found), 0, ddof=1 if len(found) > 1 else 0)
-
-

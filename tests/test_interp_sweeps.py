@@ -84,8 +84,9 @@ def test_base_and_donor_are_the_runs(model, maps):
         np.testing.assert_allclose(found, plain, **CLOSE)
 
 
-def test_fewer_rows_than_steps(model, maps):
-    few = swept(model, "canvas", rows_at_once=2, positions=[2])
+@pytest.mark.parametrize("rows", [2, 4])  # of two pairs: one step of the donor in a call, and both
+def test_few_rows(model, maps, rows):
+    few = swept(model, "canvas", rows_at_once=rows, positions=[2])
     np.testing.assert_allclose(few.donor, maps.donor, **CLOSE)
     np.testing.assert_allclose(few["canvas"][:, 0], maps["canvas"][:, 2], **CLOSE)
 
@@ -122,6 +123,7 @@ def weighed(tokens):
     return np.asarray(tokens)[:, :C] @ 3.0 ** np.arange(C)
 
 
+@pytest.mark.slow
 def test_texts_go_on_under_the_same_keys(model):
     options = dict(sites=["canvas", RESID], metric=weighed, effect="text", steps=1, rows_at_once=14)
     found = swept(model, **options)
