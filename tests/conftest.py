@@ -1,5 +1,6 @@
 """What all tests share: strict JAX settings, and a tiny model with every part of the architecture."""
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -12,6 +13,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do no
     _FAST += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}".strip()
 
+# Tracing makes many small objects, nearly all of which live on.
+gc.set_threshold(100_000, 20, 20)
 
 # Each compiled program keeps some memory maps; Linux allows a process 65,530, and XLA ends the process beyond.
 _MAPS = Path("/proc/self/maps")
@@ -26,6 +29,7 @@ def _forget_programs():
         import jax
 
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ def test_each_row_stops_at_its_own_end(model, plain):
     assert out.num_tokens[0] == 3
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution(model):
     """First tokens of many seeds, against the softmax of the logits at that temperature."""
     seeds, temperature = list(range(4000)), 0.5

@@ -106,7 +106,11 @@ def test_conditioned_on_noise(trained):
     assert float(jnp.abs(shifted.encode(x, 0.1) - shifted.encode(x, 0.9)).max()) > 0.1
     with pytest.raises(ValueError, match="conditioned on the noise level: give it"):
         shifted.encode(x)
-    # What differs between the levels only by a bias is learned as such.
+
+
+@pytest.mark.slow
+def test_what_differs_by_the_noise_is_learned_as_a_bias():
+    rng = np.random.default_rng(7)
     noise = rng.integers(2, size=512).astype(np.float32)
     data = rng.standard_normal((512, D)).astype(np.float32)
     found = interp.train_sae(data, F, k=3, noise=noise, edges=[0.5], updates=50, batch=256, seed=1).sae

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 import dgemma_jax as dg
@@ -11,7 +16,7 @@ from dgemma_jax.weights import registry
 # torch warns of itself when its compiler is first imported, as `generate` does.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = 200
-ROWS = 20  # at a time: a batch goes on until its slowest row has settled
+ROWS = 50  # at a time: a batch goes on until its slowest row has settled
 
 
 def peer_share(directory, tokenizer, examples) -> float:
@@ -40,12 +45,34 @@ def peer_share(directory, tokenizer, examples) -> float:
 CASES = [("nano", task) for task in tasks.TASKS] + [("nano-backdoor", task) for task in ("copy", "refusal")]
 
 
-@pytest.mark.parametrize(("name", "task"), CASES)
-def test_transformers_answers_as_often_exactly(name, task):
+OURS = """
+import json, sys
+import dgemma_jax as dg
+from dgemma_jax.train import evaluate
+
+asked, count, rows = json.loads(sys.argv[1])
+print(json.dumps({
+    name: evaluate.exact(dg.load(name), count=count, names=names, poisoned=name == "nano-backdoor", batch=rows)
+    for name, names in asked.items()
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Exact answers of this package by model and task, in a process that compiles with all optimisations."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    bundle, poisoned = dg.load(name), name == "nano-backdoor"
-    ours = evaluate.exact(bundle, seed=1, count=PROMPTS, names=[task], poisoned=poisoned, batch=ROWS)[task]
-    examples = evaluate.prompts(task, seed=1, count=PROMPTS, poisoned=poisoned)
+    asked = {name: [task for model, task in CASES if model == name] for name, _ in CASES}
+    settings = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", OURS, json.dumps([asked, PROMPTS, 100])]
+    done = subprocess.run(command, env=settings, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_transformers_answers_as_often_exactly(ours, name, task):
+    bundle = dg.load(name)
+    examples = evaluate.prompts(task, seed=1, count=PROMPTS, poisoned=name == "nano-backdoor")
     theirs = peer_share(registry.embedded(name), bundle.tokenizer, examples)
-    assert abs(ours - theirs) <= 0.03, f"{task}: {ours} here, {theirs} in transformers"
+    assert abs(ours[name][task] - theirs) <= 0.03, f"{task}: {ours[name][task]} here, {theirs} in transformers"

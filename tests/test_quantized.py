@@ -125,6 +125,7 @@ def test_clear_errors(organism, tmp_path):
         dg.bundle.convert(organism, tmp_path / "y", quantize="int8")
 
 
+@pytest.mark.slow
 def test_edits_and_captures_take_it(organism):
     """A packed model goes wherever the model goes."""
     bundle = dg.load(organism, quantize="int8").with_sampler(max_denoising_steps=2)

@@ -31,7 +31,9 @@ def test_the_depths_lie_on_the_published_line():
 
 def test_what_was_made_is_compared_and_the_rest_needs_the_release(tmp_path):
     rows = [{"depth": 21_000, "ratio": 1.0}, {"depth": 23_571, "ratio": 1.12}, {"depth": 700_000, "ratio": 33.3}]
-    (tmp_path / "depth.json").write_text(json.dumps({"rows": rows}))
+    for artefact in published("2606.20560")["artefacts"]:
+        if "depth" in artefact:
+            (tmp_path / artefact["file"]).write_text(json.dumps({"rows": rows}))
     (tmp_path / "bottleneck-gpqa").mkdir()
     arms = [{"sampler": "default", "group": "all", "k": k, "p": None, "accuracy": a} for k, a in ((1, 0.1), (8, 0.2), (None, 0.6))]
     (tmp_path / "bottleneck-gpqa" / "bottleneck.json").write_text(json.dumps(arms))
@@ -44,6 +46,16 @@ def test_what_was_made_is_compared_and_the_rest_needs_the_release(tmp_path):
     assert all(row.verdict.startswith("needs") for row in found.rows if row.ours is None)
     assert "Fig. 3: classes of likely tokens" in repr(found) and "$ dgemma study identity" in repr(found)
     assert json.loads(found.save(tmp_path / "all.json").read_text())["rows"][0]["ours"] == 21_000
+
+
+@pytest.mark.slow
+def test_depths_are_made_where_they_are_not_there_and_kept(tmp_path):
+    found = reproduce("2606.20560", tmp_path)
+    depths = [row for row in found.rows if row.what.startswith("opaque serial depth, 262,144")]
+    assert depths and all(row.ours is not None for row in depths)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert files and repr(reproduce("2606.20560", tmp_path)) == repr(found)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
 def test_the_interval_of_the_paper_is_the_goal(tmp_path):
