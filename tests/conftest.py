@@ -9,8 +9,11 @@ import pytest
 
 # Nearly all the time of the tests is compilation of programs that run once; this takes a third of it.
 _FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and end the process
+_JAXLIB = importlib.metadata.version("jaxlib")
+if _JAXLIB.startswith("0.10."):  # one that does not know a flag ends the process
     _FAST += " --xla_cpu_use_fusion_emitters=false"
+if _JAXLIB.startswith("0.12."):
+    _FAST += " --xla_cpu_emitter_verification_level=0"
 os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Tracing makes many small objects, nearly all of which live on.

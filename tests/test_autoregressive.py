@@ -75,6 +75,7 @@ def test_samples_follow_the_distribution(model):
     assert (np.abs(share - expected) < 5 * error + 1e-3).all() and expected.max() < 0.9
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_seed_alone(model):
     out = dg.autoregress(bundle(model), [PROMPTS[0], *PROMPTS], NEW, 1.0, [5, 5, 6, 7])
     alone = dg.autoregress(bundle(model), PROMPTS[0], NEW, 1.0, 5)

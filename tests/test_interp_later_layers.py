@@ -57,7 +57,9 @@ def test_a_step_from_any_layer_is_the_step_and_no_layer_before_is_run(model, mom
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize(("site", "begins"), [("layers.*.resid_post", [0, 2]), ("layers.*.mlp_out", [0, 1])])
+@pytest.mark.parametrize(("site", "begins"), [
+    ("layers.*.resid_post", [0, 2]), pytest.param("layers.*.mlp_out", [0, 1], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_sweep_runs_what_is_changed(model, monkeypatch, site, begins):
     """By layers, by chunks across layers, and all at once: the same effects, in one program each."""
     clean, corrupt = PROMPTS, [[7, 8, 14, 10], [11, 15, 13]]

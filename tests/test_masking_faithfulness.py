@@ -247,6 +247,24 @@ def test_finished_cases_are_not_made_again(tested, deep, kept, monkeypatch):
     np.testing.assert_array_equal(again.areas, tested.areas)
 
 
+def test_cases_that_tell_nothing_are_left_out(tested):
+    assert tested.tells[:, :3].all() and not tested.tells[0, 3]  # the first has no contrast
+    change = np.where(np.isnan(tested.change), np.nan, [[1.0, -1.0, 1e-3, 1.0], [1.0, 0.5, 1.0, 1.0]])
+    wild = np.where(np.arange(4)[:, None, None] == 2, 1e9 * tested.areas[:1], tested.areas[:1])
+    found = dataclasses.replace(
+        tested, change=change, areas=np.concatenate([wild, tested.areas[1:]]), tasks=("sort", "sort")
+    )  # fmt: skip
+    assert found.tells.tolist() == [[True, True, False, False], [True] * 4]
+    for name in ("noise", "mean", "resample"):
+        rows = [0, 1] if name != "resample" else [1]
+        at = found.replacements.index(name)
+        np.testing.assert_allclose(
+            [row["insertion"] for row in found.rows(name)], tested.areas[rows, at, :, 0].mean(0), atol=1e-6
+        )
+    assert "resample, without 1 case(s)" in repr(found) and "contrast, without" not in repr(found)
+    assert np.isnan(found.wins("path", "resample")[0]["low"])  # of one case
+
+
 def test_the_table_holds_what_was_measured(tested, tmp_path):
     assert tested.areas.shape == (2, 4, 2, 4) and tested.random.shape == (2, 4, 3, 2)
     assert np.isnan(tested.areas[0, 3]).all() and np.isfinite(tested.areas[1]).all()  # only the second has a contrast

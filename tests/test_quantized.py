@@ -74,7 +74,10 @@ def test_products_are_those_of_the_unpacked_weight(rule, shared, form):
     assert contract(rule, x.astype(jnp.bfloat16), pack(w, form, shared, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("form, moe", [("int8", "dense"), ("int4", "scan"), ("fp8", "blocks"), ("int8", "capacity")])
+@pytest.mark.parametrize("form, moe", [
+    ("int8", "dense"), ("int4", "scan"), pytest.param("fp8", "blocks", marks=pytest.mark.slow),
+    pytest.param("int8", "capacity", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_packed_model_is_the_model_of_its_numbers(form, moe):
     """Whichever way the experts run; the plain model runs them all."""
     plain = oracles.build(ModelConfig.tiny(layer_types=("sliding_attention", "full_attention")))

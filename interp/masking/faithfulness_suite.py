@@ -1,6 +1,6 @@
 """Whether maps can be believed: `faithfulness` puts all methods of saliency to the same tests.
 
-| column of the table | what it says, mean over cases |
+| column of the table | what it says, mean over cases that tell something (`Faithfulness.tells`) |
 |---|---|
 | planted | share of cases with the known cause where it belongs |
 | insertion, deletion | area under the normalised target as units come on, or off, in its order; high, low is good |

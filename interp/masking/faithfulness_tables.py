@@ -12,6 +12,7 @@ from interp import array_files
 from interp.intervals import of_shares
 
 GRID = 21  # points of a curve that is kept
+LEAST = 0.1  # of the change that is usual for a task
 _KIND = "faithfulness"
 _WORDS = ("methods", "replacements", "layers", "tasks")
 
@@ -58,21 +59,36 @@ class Faithfulness:
     tasks: tuple[str, ...]
     about: dict[str, Any]
 
+    @property
+    def tells(self) -> np.ndarray:
+        """[N, R] whether taking all units away changed the target enough to ask which of them did it.
+
+        That is, by a tenth of the median change of the task. Random words may hold what they stand in for; areas are
+        shares of the change, and without one they are noise of any size.
+        """
+        sizes, tasks = np.abs(self.change), np.array(self.tasks)
+        usual = np.array([np.nanmedian(sizes[tasks == task]) for task in self.tasks])
+        return sizes >= LEAST * usual[:, None]
+
+    def _told(self, values: np.ndarray) -> np.ndarray:
+        """Values [N, R, ...], NaN where the case tells nothing."""
+        return np.where(self.tells.reshape(*self.change.shape, *[1] * (values.ndim - 2)), values, np.nan)
+
     def rows(self, replacement: str | None = None) -> list[dict[str, Any]]:
-        """A line a method: means over cases, under one replacement (the first by default)."""
-        at = self._at(replacement)
-        ahead = self.areas[..., 0] - self.areas[..., 1]
+        """A line a method: means over the cases that tell something, under one replacement (the first by default)."""
+        at, areas = self._at(replacement), self._told(self.areas)
+        ahead = areas[..., 0] - areas[..., 1]
         chance = (self.random[..., 0] - self.random[..., 1]).mean(-1)[..., None]
         better = np.where(np.isnan(ahead), np.nan, ahead > chance)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a mean of nothing is NaN
             columns = {
                 "planted": np.nanmean(self.planted, 0),
-                "insertion": np.nanmean(self.areas[:, at, :, 0], 0), "deletion": np.nanmean(self.areas[:, at, :, 1], 0),
+                "insertion": np.nanmean(areas[:, at, :, 0], 0), "deletion": np.nanmean(areas[:, at, :, 1], 0),
                 "beats random": np.nanmean(better[:, at], 0),
-                "reverse": np.nanmean(self.areas[:, at, :, 2] - self.areas[:, at, :, 3], 0),
-                "comprehensiveness": np.nanmean(self.comprehensiveness[:, at], 0),
-                "sufficiency": np.nanmean(self.sufficiency[:, at], 0),
+                "reverse": np.nanmean(areas[:, at, :, 2] - areas[:, at, :, 3], 0),
+                "comprehensiveness": np.nanmean(self._told(self.comprehensiveness)[:, at], 0),
+                "sufficiency": np.nanmean(self._told(self.sufficiency)[:, at], 0),
                 "patching": np.nanmean(self.patching[:, at], 0), "gap": np.nanmedian(self.gap, 0),
                 "weights": np.nanmean(self.weights[:, -1], 0), "target": np.nanmean(self.target, 0),
                 "seeds": np.nanmean(self.seeds, 0), "evaluations": self.evaluations.mean(0),
@@ -90,10 +106,11 @@ class Faithfulness:
         if method not in self.methods:
             raise ValueError(f"{method!r} was not tested; there are {', '.join(self.methods)}")
         at, own, lines = self._at(replacement), self.methods.index(method), []
+        areas = self._told(self.areas)[:, at]
         for i, name in enumerate(self.methods):
             if i == own:
                 continue
-            gaps = (self.areas[:, at, own, :2] - self.areas[:, at, i, :2]) * [1, -1]
+            gaps = (areas[:, own, :2] - areas[:, i, :2]) * [1, -1]
             gaps = gaps[np.isfinite(gaps).all(1)]
             won = (gaps > 1e-9) + 0.5 * (np.abs(gaps) <= 1e-9)
             low, high = (float(x) for x in of_shares(won.mean(1))) if len(won) > 1 else (np.nan, np.nan)
@@ -127,13 +144,13 @@ class Faithfulness:
         count = len(self.replacements)
         figure = Figure(figsize=(10, 3.2 * count), layout="constrained")
         axes = figure.subplots(count, 2, squeeze=False, sharex=True)
-        at = np.linspace(0, 1, GRID)
+        at, curves = np.linspace(0, 1, GRID), self._told(self.curves)
         for r, pair in enumerate(axes):
             for side, (panel, word) in enumerate(zip(pair, ("insertion", "deletion"), strict=True)):
                 for i, name in enumerate((*self.methods, "random") if np.isfinite(self.change[:, r]).any() else ()):
                     style = {"color": "0.3", "linestyle": "--"} if name == "random" else {"color": f"C{i % 10}"}
                     style |= {"linestyle": ":"} if 10 <= i < len(self.methods) else {}
-                    panel.plot(at, np.nanmean(self.curves[:, r, i, side], 0), label=name, **style)
+                    panel.plot(at, np.nanmean(curves[:, r, i, side], 0), label=name, **style)
                 panel.set_title(f"{word}, {self.replacements[r]}")
                 panel.set_ylabel("target, 0 all off, 1 all on")
         for panel in axes[-1]:
@@ -159,10 +176,12 @@ class Faithfulness:
         cases = ", ".join(f"{n} {task}".rstrip() for task, n in counts.items())
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.about.items())
         parts = [f"faithfulness on {len(self.tasks)} cases ({cases}); {settings}"]
-        for name, changes in zip(self.replacements, self.change.T, strict=True):
+        for name, changes, tells in zip(self.replacements, self.change.T, self.tells.T, strict=True):
             if np.isnan(changes).all():  # no case brings prompts for contrast
                 continue
-            parts += ["", f"units replaced by {name}", self.table(name)]
+            mute = (~tells & np.isfinite(changes)).sum()
+            left = f", without {mute} case(s) whose target all of them hardly change" if mute else ""
+            parts += ["", f"units replaced by {name}{left}", self.table(name)]
             if self.methods[0] == "path" and len(self.methods) > 1:
                 wide = max(map(len, self.methods))
                 parts += [f"{'path is ahead of':{wide}}{'insertion':>10}{'deletion':>10}   95 % of both"]
