@@ -286,7 +286,8 @@ def test_wins_count_cases_and_ties_are_half():
     areas[:, 0, 0, 0] = [1, 1, 0, 0]  # insertion: ahead, ahead, tie, tie
     areas[:, 0, 1, 1] = [1, 0, 0, -1]  # deletion of the other: worse, tie, tie, better
     empty = {f.name: np.zeros((4, 1, 2)) for f in dataclasses.fields(interp.Faithfulness)}
-    found = interp.Faithfulness(**empty | dict(areas=areas, methods=("path", "b"), replacements=("noise",), about={}))
+    words = dict(methods=("path", "b"), replacements=("noise",), tasks=("",) * 4, about={})
+    found = interp.Faithfulness(**empty | words | dict(areas=areas, change=np.ones((4, 1))))
     line = found.wins("path")[0]
     assert (line["over"], line["insertion"], line["deletion"]) == ("b", 0.75, 0.5)
     assert line["low"] <= 0.625 <= line["high"]
