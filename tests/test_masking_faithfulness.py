@@ -88,6 +88,20 @@ def test_curves_of_an_additive_function_are_its_partial_sums():
     assert game.evaluations < 2 * 2 * 6 + 5  # shared masks are asked once
 
 
+def test_signed_rankings_face_the_way_the_target_goes():
+    """What makes a falling target fall is as well found as what makes its mirror image rise."""
+    scores = np.array([4, -1, 3, 2, 0.5])
+    rising, falling = (FunctionGame(lambda m, sign=sign: m @ (sign * scores), NAMES) for sign in (1, -1))
+    orders = np.stack([order_of(scores), order_of(-scores)])
+    wanted, found = curves(rising, orders[:1]), curves(falling, orders[[1, 0]]).facing([True, False])
+    for name in ("insertion", "deletion", "areas", "comprehensiveness", "sufficiency"):
+        np.testing.assert_allclose(getattr(found, name)[0], getattr(wanted, name)[0], atol=1e-6)
+        # Magnitudes rank alike either way, and so do random orders.
+        np.testing.assert_allclose(getattr(found, name)[1], getattr(wanted, name)[0], atol=1e-6)
+    same = curves(rising, orders[:1])
+    np.testing.assert_array_equal(same.facing([True]).insertion, same.insertion)
+
+
 def test_curves_average_over_draws_and_a_target_that_does_not_change_has_none():
     class Noisy(FunctionGame):
         def values(self, masks, draws):

@@ -12,6 +12,9 @@
 | weights, target | rank correlation with the map of the shuffled model; of a target about other words |
 | seeds | rank correlation with the map under another seed: the noise floor |
 
+Where the target falls as units come on, as the margin of a refusal does under a jailbreak, rankings of signed scores
+are taken from the end: what made it fall is what lowers it most.
+
 Units that are off are replaced by noise, which is in distribution for canvas rows alone, and beside it by the mean, by
 words of the other cases' prompts, and by the prompts that a case brings for contrast. Replacements are drawn anew: no
 method is tested on the very baselines that it used.
@@ -225,7 +228,8 @@ def _measured(case, maps, tests, rankings, seed) -> dict[str, np.ndarray]:
     ranked = [order_of(found.scores) for found in maps]
     orders = np.stack([*ranked, *(rng.permutation(count) for _ in range(rankings))])
     own = len(maps)
-    found = [untested(len(orders), count) if test is None else curves(test, orders) for test in tests]
+    signed = np.array([(found.scores < 0).any() for found in maps] + [False] * rankings)
+    found = [untested(len(orders), count) if test is None else curves(test, orders).facing(signed) for test in tests]
     areas = np.stack([one.areas for one in found])
     grids = [one.on_grid(GRID) for one in found]
     changes = np.array([one.on - one.off for one in maps])

@@ -48,6 +48,17 @@ class Curves:
         """[K] share of the change that is lost with the top units alone on; lower is better."""
         return np.mean(1 - self.insertion[:, self._kept()], 1)
 
+    def facing(self, signed: np.ndarray) -> Curves:
+        """The same with rankings [K] of signed scores turned round if the target falls as units come on.
+
+        What made it fall is then what lowers it most, the last of such a ranking.
+        """
+        turned = (np.asarray(signed) & (self.on < self.off))[:, None]
+        return dataclasses.replace(
+            self, insertion=np.where(turned, self.deletion[:, ::-1], self.insertion),
+            deletion=np.where(turned, self.insertion[:, ::-1], self.deletion),
+        )  # fmt: skip
+
     def _kept(self) -> np.ndarray:
         return np.ceil(np.array(SHARES) * (self.insertion.shape[1] - 1)).astype(int)
 
