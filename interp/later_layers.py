@@ -16,8 +16,6 @@ from flax import nnx
 
 from interp import surgery
 
-Make = Callable[[int, jax.Array], jax.Array]
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +39,13 @@ class Beginning:
 
 @nnx.dataclass(eq=False)
 class _Later(nnx.Module):
-    """A layer of a denoising step that runs, or hands on what is given."""
+    """A layer of a denoising step that runs, or hands on what is given. `changed`, `leave`: see `begun`; static."""
 
     layer: Any = nnx.data()
     number: int
     beginning: Beginning = nnx.data()
-    changed: Make
-    left: _Left
+    changed: Callable[[int, jax.Array], jax.Array]
+    leave: Callable[[int, jax.Array], None]
 
     @property
     def denoise_scalar(self) -> Any:
@@ -64,26 +62,25 @@ class _Later(nnx.Module):
             return self.layer(x_BCD, *more)[0]
 
         x_BCD = jax.lax.cond(self.number < self.beginning.layer, given, run, x_BCD)
-        self.left[self.number] = x_BCD[:count]
+        self.leave(self.number, x_BCD[:count])
         return x_BCD, None, None
 
 
-class _Left(dict):
-    """By layer, what it handed on for the first P rows; filled while a step is traced."""
-
-    __hash__ = object.__hash__
-
-
-def begun(model: Any, beginning: Beginning, changed: Make) -> tuple[Any, dict[int, jax.Array]]:
+def begun(
+    model: Any, beginning: Beginning, changed: Callable[[int, jax.Array], jax.Array]
+) -> tuple[Any, dict[int, jax.Array]]:
     """The model whose denoising step begins at a layer. Within one trace.
 
     Args:
-        changed: of a layer's number and what it handed on, for all rows: what takes its place.
+        changed: gives, for a layer's number and what it handed on [B, C, D], what takes its place.
 
     Returns:
-        The model; and by layer, once a step has run, [P, C, D] what it handed on for the first P rows.
+        The model; and by layer, once a step is traced, [P, C, D] what it handed on for the first P rows.
     """
-    left = _Left()
+    left: dict[int, jax.Array] = {}
     found = surgery.layers(model)
-    later = {path: _Later(layer, path[1].idx, beginning, changed, left) for path, layer in found.get_by_path().items()}
+    later = {
+        path: _Later(layer, path[1].idx, beginning, changed, left.__setitem__)
+        for path, layer in found.get_by_path().items()
+    }
     return found.set_by_path(later), left

@@ -38,7 +38,7 @@ from interp.places import Change, Target, change, changed, edited, targets
 from interp.rows import as_data, measured, repeated, that_fit
 from interp.sweep_inputs import Run, check_metric, chosen, pairs, steps_of
 
-FULL = 256  # tokens that keep a device busy
+BUSY = 256  # tokens that keep a device busy
 LAST_IN_LAYER = "layers.*.resid_post"
 DIRECTIONS, EFFECTS = ("denoising", "noising"), ("step", "text")
 
@@ -163,7 +163,7 @@ class _Work:
     _readers: dict[Target, Callable[[Moment], Any]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def model(self) -> tuple[list[jax.Array], jax.tree_util.PyTreeDef]:
+    def flat_model(self) -> tuple[list[jax.Array], jax.tree_util.PyTreeDef]:
         """Leaves and structure: to take the modules apart again in every call costs as much as a small step."""
         return jax.tree.flatten(of(self.bundle))
 
@@ -188,7 +188,7 @@ class _Work:
         places = goal.places(self.numbers(goal))
         most = that_fit(self.bundle, self.recipient, self.pairs, self.rows_at_once)
         in_layer = len(places) // max(1, len(goal.layers))
-        enough = in_layer * of(self.bundle).config.canvas_length >= FULL and len(goal.layers) <= most
+        enough = in_layer * of(self.bundle).config.canvas_length >= BUSY and len(goal.layers) <= most
         if goal.kind == "site" and goal.layers and enough and in_layer < most:  # a layer a chunk: as few run as can
             acts = np.arange(in_layer + 1) > 0
             return [(np.concatenate([own[:1], own]), acts) for own in np.split(places, len(goal.layers))]
@@ -210,16 +210,17 @@ class _Work:
         given = functools.lru_cache(1)(lambda step: self._given(goal, step))
         rows = functools.lru_cache(1)(lambda step: rows_of(self.recipient.at(step), size))
         prompt = functools.lru_cache(1)(lambda chunk: self._prefilled(goal, chunks[chunk], given(0)))
+        anew = self._beginning(goal)
         handed: dict[int, list[jax.Array]] = {}  # of one step, by the row that takes nothing
 
         def one(step: int, chunk: int) -> np.ndarray:
             if goal.kind == "prompt":
                 return self._measure(rows(step).replace(cache=prompt(chunk)))[0]
-            begin = self._beginning(goal)
-            if chunk and step in handed:
+            begin = anew
+            if chunk and step in handed:  # not if the first chunk was kept from an earlier call
                 begin = Beginning(_first(goal, *chunks[chunk]), handed[step])
             found, left = self._measure(rows(step), goal, self._change(goal, chunks[chunk], given(step)), begin)
-            if begin is not None and not chunk:
+            if anew is not None and not chunk:
                 handed.clear()
                 handed[step] = left
             return found
@@ -263,7 +264,7 @@ class _Work:
         self, moment: Moment, goal: Target | None = None, own: Change | None = None, begin: Beginning | None = None
     ) -> tuple[np.ndarray, list[jax.Array]]:
         """[n, P] the metric of the step that follows a moment of n * P rows, or of the text; what layers handed on."""
-        leaves, tree = self.model
+        leaves, tree = self.flat_model
         args = (leaves, moment.state, moment.cache, moment.sampler, moment.pinned, own, begin)
         if self.effect == "step":
             found, left = _metric(*args, as_data(self.metric), tree=tree, goal=goal, pairs=self.pairs)

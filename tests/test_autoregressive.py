@@ -62,7 +62,7 @@ def test_each_row_stops_at_its_own_end(model, plain):
     assert out.num_tokens[0] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_samples_follow_the_distribution(model):
     """First tokens of many seeds, against the softmax of the logits at that temperature."""
     seeds, temperature = list(range(4000)), 0.5
@@ -75,7 +75,7 @@ def test_samples_follow_the_distribution(model):
     assert (np.abs(share - expected) < 5 * error + 1e-3).all() and expected.max() < 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_sample_depends_on_its_seed_alone(model):
     out = dg.autoregress(bundle(model), [PROMPTS[0], *PROMPTS], NEW, 1.0, [5, 5, 6, 7])
     alone = dg.autoregress(bundle(model), PROMPTS[0], NEW, 1.0, 5)

@@ -75,7 +75,7 @@ def test_the_work_fits_the_model():
 # --- items
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_parts_of_a_step_are_those_of_the_model():
     lab = items.Lab(TINY)
     (head,) = items.head(lab)

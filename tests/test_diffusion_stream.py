@@ -149,7 +149,7 @@ def alike(one, other):
         np.testing.assert_allclose(array, other.trajectory.arrays()[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.heavy), 4, pytest.param(40, marks=pytest.mark.heavy)])
 def test_any_number_of_rows(scripted, alone, rows):
     found = list(dg.stream(scripted, MANY, range(24), SETTINGS, 3 * KINDS, rows=rows))
     assert sorted(number for number, _ in found) == list(range(24))
@@ -191,7 +191,7 @@ def test_limits_and_seeds_of_its_own(scripted):
         found.trajectory.moment(0, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_moments_and_what_comes_after(scripted, alone):
     found = dg.generate_many(scripted, MANY, range(24), SETTINGS, 3 * KINDS, rows=4, progress=False)
     number = int(np.argmax(found.num_steps))

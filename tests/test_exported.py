@@ -34,7 +34,7 @@ def directory(bundle, tmp_path_factory):
     return directory
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_the_same_generation_without_tracing_the_model(bundle, directory, monkeypatch):
     expected = dg.generate(bundle, PROMPTS, [3, 4], max_new_tokens=16, record=dg.Record(top_k=2, soft=True))
     for entry in ("prefill", "denoise"):

@@ -147,7 +147,7 @@ def test_bad_input(pooled, given, options, message):
         interp.fit_probes(pooled, given, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_residuals_are_means_over_classes_of_positions():
     """Pooled inside the compiled loop, they are the means of what `capture` gives."""
     config = dg.ModelConfig.tiny(

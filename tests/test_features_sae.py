@@ -108,7 +108,7 @@ def test_conditioned_on_noise(trained):
         shifted.encode(x)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_what_differs_by_the_noise_is_learned_as_a_bias():
     rng = np.random.default_rng(7)
     noise = rng.integers(2, size=512).astype(np.float32)

@@ -53,7 +53,7 @@ def test_parts_are_dealt_out_once(bundle):
             Share.of(bundle, *bad)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_hosts_share_a_study_and_a_lost_one_is_made_good(bundle, whole, tmp_path, monkeypatch):
     """Host 1 dies in its second part. Host 0 gives what is there; host 1 again makes that part alone, and joins all."""
     made, real = [], dg.stream

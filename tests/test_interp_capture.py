@@ -60,7 +60,7 @@ def test_the_loop_captures_what_single_steps_do(model, plain, acts):
             np.testing.assert_allclose(value, acts[name][step], atol=1e-5, err_msg=f"{name} {step}")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_what_does_not_fit_is_captured_in_parts(model, acts):
     size = interp.capture_size(model, PROMPTS, SITES, sampler=SAMPLER)
     assert size.total == sum(acts[name].nbytes for name in acts) and size.runs == 1

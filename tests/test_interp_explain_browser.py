@@ -290,7 +290,7 @@ def test_keys(page, saved):
     assert (state(page)["position"], state(page)["step"]) == (11, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_playing_runs_to_the_end_and_stops(page, saved):
     n = saved[0]["blocks"][0]["num_steps"]
     page.point(".play", click=True)

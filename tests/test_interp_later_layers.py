@@ -58,7 +58,7 @@ def test_a_step_from_any_layer_is_the_step_and_no_layer_before_is_run(model, mom
 
 
 @pytest.mark.parametrize(("site", "begins"), [
-    ("layers.*.resid_post", [0, 2]), pytest.param("layers.*.mlp_out", [0, 1], marks=pytest.mark.slow),
+    ("layers.*.resid_post", [0, 2]), pytest.param("layers.*.mlp_out", [0, 1], marks=pytest.mark.heavy),
 ])  # fmt: skip
 def test_a_sweep_runs_what_is_changed(model, monkeypatch, site, begins):
     """By layers, by chunks across layers, and all at once: the same effects, in one program each."""
@@ -74,7 +74,7 @@ def test_a_sweep_runs_what_is_changed(model, monkeypatch, site, begins):
     monkeypatch.setattr(sweeps._Work, "_measure", watched)
     across = interp.patch_sweep(*asked, sampler=SAMPLER, rows_at_once=6)
     assert seen[0] == 0 and max(seen) > 0
-    monkeypatch.setattr(sweeps, "FULL", 4)
+    monkeypatch.setattr(sweeps, "BUSY", 4)
     seen.clear()
     programs = sweeps._metric._cache_size()
     by_layer = interp.patch_sweep(*asked, sampler=SAMPLER)

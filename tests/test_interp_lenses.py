@@ -114,7 +114,7 @@ def test_positions_in_parts_read_the_same(model, monkeypatch):
     assert parts["ids"].shape == (3, L, C, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_edits_are_read_and_two_blocks_have_their_own_final_tokens(model):
     edited = interp.edit(model, "layers.0.resid_post", interp.Patch(jnp.arange(D, dtype=jnp.float32)), positions=4)
     out = dg.generate(edited, PROMPTS[:2], seed=2, sampler=SAMPLER, max_new_tokens=2 * C, record=dg.Record.nothing())

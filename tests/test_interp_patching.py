@@ -77,7 +77,7 @@ def test_the_last_layer_decides_the_step(model, pair):
     assert part.effect(metric)[0] == 0 and repr(part).startswith("a patch at step 1 of block 0, 2 row(s)")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_one_step_or_all_that_follow(model, runs, pair):
     """With the donor's keys the recipient becomes the donor's run, if the donor is followed to the end."""
     recipient, donor = pair
@@ -95,7 +95,7 @@ def test_one_step_or_all_that_follow(model, runs, pair):
     np.testing.assert_array_equal(once.text_effect(equal), equal(once.finished.tokens) - equal(once.plain_finished.tokens))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_carriers_are_followed(model, runs, pair):
     """What every later step is given is what the donor's step was given."""
     patched = interp.patch(model, *pair, "soft", positions=[0, 4], persistent=True)

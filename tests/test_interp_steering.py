@@ -40,7 +40,7 @@ def test_the_vector_is_the_difference_of_means_at_the_last_token(model, vector):
     assert vector.counts == (2, 3) and vector.layers == (0, 1) and vector.place == "prompt"
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_on_the_canvas_it_is_a_mean_over_positions_and_steps(model):
     found = interp.steering_vector(
         model, POSITIVE, NEGATIVE[:2], [1], place="canvas", positions=[1, 2], steps=[0, 3], sampler=SAMPLER

@@ -123,7 +123,7 @@ def weighed(tokens):
     return np.asarray(tokens)[:, :C] @ 3.0 ** np.arange(C)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_texts_go_on_under_the_same_keys(model):
     options = dict(sites=["canvas", RESID], metric=weighed, effect="text", steps=1, rows_at_once=14)
     found = swept(model, **options)

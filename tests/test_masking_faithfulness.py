@@ -203,7 +203,7 @@ def test_bits_are_paid_for(game):
     assert (cheap.scores >= 0).all() and dear.scores.sum() < cheap.scores.sum()
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_every_baseline_has_the_interface_and_shares_programs(bundle, game):
     assert len(BASELINES) == 9
     gradients_at(game, own_values(game), 1)

@@ -92,7 +92,7 @@ def test_circulation():
         interp.circulation(made(Chain), PROMPT, frame, (1, 2, 3))
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_anchors_are_where_the_outcome_is_drawn():
     """All is drawn at step 0 and kept: branches from step 0 differ, later ones do not."""
     model = made(Echoing, 9)

@@ -75,8 +75,8 @@ def test_products_are_those_of_the_unpacked_weight(rule, shared, form):
 
 
 @pytest.mark.parametrize("form, moe", [
-    ("int8", "dense"), ("int4", "scan"), pytest.param("fp8", "blocks", marks=pytest.mark.slow),
-    pytest.param("int8", "capacity", marks=pytest.mark.slow),
+    ("int8", "dense"), ("int4", "scan"), pytest.param("fp8", "blocks", marks=pytest.mark.heavy),
+    pytest.param("int8", "capacity", marks=pytest.mark.heavy),
 ])  # fmt: skip
 def test_a_packed_model_is_the_model_of_its_numbers(form, moe):
     """Whichever way the experts run; the plain model runs them all."""
@@ -128,7 +128,7 @@ def test_clear_errors(organism, tmp_path):
         dg.bundle.convert(organism, tmp_path / "y", quantize="int8")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_edits_and_captures_take_it(organism):
     """A packed model goes wherever the model goes."""
     bundle = dg.load(organism, quantize="int8").with_sampler(max_denoising_steps=2)

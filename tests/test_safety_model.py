@@ -63,7 +63,7 @@ def test_few_shapes():
     assert list(batches_of_shape([5, 30, 16], 8, 4)) == [[1, 2, 0]] and len(list(batches_of_shape([5, 90], 8, 4))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_run_does_not_depend_on_its_batch_and_an_idle_patch_changes_nothing(noise, watch):
     ids = _ids(noise, TEXTS)
     options = dict(seeds=[1, 2, 3, 4], batch=4)
@@ -86,7 +86,7 @@ def test_a_run_does_not_depend_on_its_batch_and_an_idle_patch_changes_nothing(no
     assert not np.allclose(other.margins[0], plain[0].margins[0], atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_effects_of_words_are_real_differences(noise, watch):
     (told,) = word_effects(noise, TEXTS[:1], lambda *_: ["lamp"], watch, draws=2, seed=5, rows=16)
     one_step = noise.sampler.replace(max_denoising_steps=1)

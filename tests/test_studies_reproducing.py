@@ -48,7 +48,7 @@ def test_what_was_made_is_compared_and_the_rest_needs_the_release(tmp_path):
     assert json.loads(found.save(tmp_path / "all.json").read_text())["rows"][0]["ours"] == 21_000
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_depths_are_made_where_they_are_not_there_and_kept(tmp_path):
     found = reproduce("2606.20560", tmp_path)
     depths = [row for row in found.rows if row.what.startswith("opaque serial depth, 262,144")]

@@ -18,7 +18,7 @@ from dgemma_jax.weights import tree as trees
 
 
 @pytest.mark.parametrize("dtype", [
-    jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.float32, jnp.float16)),
+    jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.heavy) for d in (jnp.float32, jnp.float16)),
 ])  # fmt: skip
 def test_load_after_save_is_bitwise_the_same(tmp_path, dtype):
     model, sampler = random_model(dtype), SamplerConfig.gentle(commit="canvas")

@@ -228,6 +228,7 @@ def _measured(case, maps, tests, rankings, seed) -> dict[str, np.ndarray]:
     ranked = [order_of(found.scores) for found in maps]
     orders = np.stack([*ranked, *(rng.permutation(count) for _ in range(rankings))])
     own = len(maps)
+    # A map without a negative score does not tell what raises from what lowers.
     signed = np.array([(found.scores < 0).any() for found in maps] + [False] * rankings)
     found = [untested(len(orders), count) if test is None else curves(test, orders).facing(signed) for test in tests]
     areas = np.stack([one.areas for one in found])

@@ -67,7 +67,9 @@ class Faithfulness:
         shares of the change, and without one they are noise of any size.
         """
         sizes, tasks = np.abs(self.change), np.array(self.tasks)
-        usual = np.array([np.nanmedian(sizes[tasks == task]) for task in self.tasks])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a median of nothing is NaN
+            usual = np.array([np.nanmedian(sizes[tasks == task]) for task in self.tasks])
         return sizes >= LEAST * usual[:, None]
 
     def _told(self, values: np.ndarray) -> np.ndarray:
@@ -147,7 +149,7 @@ class Faithfulness:
         at, curves = np.linspace(0, 1, GRID), self._told(self.curves)
         for r, pair in enumerate(axes):
             for side, (panel, word) in enumerate(zip(pair, ("insertion", "deletion"), strict=True)):
-                for i, name in enumerate((*self.methods, "random") if np.isfinite(self.change[:, r]).any() else ()):
+                for i, name in enumerate((*self.methods, "random") if self.tells[:, r].any() else ()):
                     style = {"color": "0.3", "linestyle": "--"} if name == "random" else {"color": f"C{i % 10}"}
                     style |= {"linestyle": ":"} if 10 <= i < len(self.methods) else {}
                     panel.plot(at, np.nanmean(curves[:, r, i, side], 0), label=name, **style)
