@@ -100,7 +100,7 @@ def edit(
 
 def put(model: Any, placed: Mapping[str, Site]) -> Any:
     """The model with more at sites, by full name; after what is there already."""
-    found = surgery.at(model, "*")
+    found = surgery.every(model)
     changes = {
         path: _after(site, placed[name])
         for path, site in found.get_by_path().items()

@@ -88,10 +88,15 @@ def at(model: Any, pattern: str) -> pz.Selection:
     Raises:
         ValueError: nothing matches; the message lists near names.
     """
-    found = pz.select(of(model)).at_instances_of(Site)
+    found = every(model)
     names = {path: full_name(path, site) for path, site in found.get_by_path().items()}
     wanted = _match(pattern, names.values())
     return found.where(lambda path, _: names[path] in wanted, with_keypath=True)
+
+
+def every(model: Any) -> pz.Selection:
+    """All sites."""
+    return pz.select(of(model)).at_instances_of(Site)
 
 
 def full_name(path: Sequence[Any], site: Site) -> str:
@@ -102,7 +107,7 @@ def full_name(path: Sequence[Any], site: Site) -> str:
 
 def placed(model: Any) -> dict[str, Site]:
     """What stands at every site, by full name, in the order of `sites`."""
-    found = {full_name(path, site): site for path, site in at(model, "*").get_by_path().items()}
+    found = {full_name(path, site): site for path, site in every(model).get_by_path().items()}
     return {info.name: found[info.name] for info in sites(model)}
 
 

@@ -38,7 +38,11 @@ class Run:
         """Before a step of the first block; a row that has ended stands as at its end."""
         step = min(step, int(self.num_steps.max()))
         if step not in self._found:
-            self._found[step] = self.out.trajectory.moment(0, step)
+            near = max((found for found in self._found if found < step), default=None)
+            trajectory = self.out.trajectory
+            self._found[step] = (
+                trajectory.moment(0, step) if near is None else trajectory.replay.onward(self._found[near], step)
+            )
         return self._found[step]
 
     @property

@@ -184,6 +184,15 @@ def test_moments_are_the_recorded_states(model, out):
         np.testing.assert_array_equal(jax.random.key_data(moment.keys), jax.random.key_data(t.moment(0, 0).keys))
 
 
+def test_a_moment_is_reached_from_the_one_before(out):
+    t = out.trajectory
+    for block, step in places(out):
+        if step:
+            reached, whole = t.replay.onward(t.moment(block, step - 1), step), t.moment(block, step)
+            for name in ("canvas", "argmax", "soft", "step", "done", "stop"):
+                np.testing.assert_array_equal(getattr(reached.state, name), getattr(whole.state, name))
+
+
 def test_resuming_any_moment_is_the_run(model, out):
     t = out.trajectory
     for block, step in places(out):

@@ -405,6 +405,9 @@ def _trajectory(run: Run, blocks: list, num_blocks: int) -> Trajectory:
     )
 
 
+_QUIET = Record.nothing()
+
+
 @dataclasses.dataclass(frozen=True)
 class Replay:
     """Recomputes any moment of a run from where the run began, by the same programs: exact, and free to keep."""
@@ -420,7 +423,19 @@ class Replay:
             history, ended = commit(moment, committed)
             spent = moment.spent + trajectory.num_steps[moment.block]
             moment = _next_block(model, moment, moment.state, committed, history, ended, spent)
-        quiet = Record.nothing()
-        shapes = (model, moment.state, moment.cache, moment.sampler, moment.pinned, quiet)
-        state, _ = loop.compiled(*shapes[:3], loop.empty_buffers(*shapes), *shapes[3:], first=moment.step, limit=step)
+        return self.onward(moment, step, model)
+
+    def onward(self, moment: Moment, step: int, model: Any = None) -> Moment:
+        """The moment before a later step of the same block."""
+        model = self.run.model if model is None else functional.of(model)
+        args = moment.sampler, moment.pinned, _QUIET
+        state, _ = loop.compiled(
+            model, moment.state, moment.cache, self._buffers, *args, first=moment.step, limit=step
+        )  # fmt: skip
         return dataclasses.replace(moment, state=state)
+
+    @functools.cached_property
+    def _buffers(self) -> loop.Buffers:
+        """Of a record that keeps nothing: alike in all blocks."""
+        moment = self.run.moment
+        return loop.empty_buffers(self.run.model, moment.state, moment.cache, moment.sampler, moment.pinned, _QUIET)
