@@ -72,6 +72,7 @@ def test_softmax_is_that_of_jax_in_values_and_derivatives(dtype):
 
 def test_chunks_differentiate_and_map_as_all_keys_at_once(monkeypatch):
     q, cached, own, sight = example()
+    q = q / 4  # scores of a few units: rounding is below the bound on every processor
 
     def outcomes():
         def z(q, cached, own):
