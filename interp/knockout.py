@@ -156,7 +156,7 @@ def _knocked(model, at, sampler, values, masks, metric, reroute) -> jax.Array:
     edited = put(model, {name: edit(name) for name in masks})
     every = rows.repeated(at, count)
     view = denoise_step(edited, every.state, every.cache, sampler, every.pinned)[1]
-    return rows.measured(metric, view.logits, count)
+    return rows.of_step(metric, edited, view, count)
 
 
 def _instead(x: jax.Array, where: jax.Array, value: jax.Array) -> jax.Array:

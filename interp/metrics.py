@@ -39,6 +39,13 @@ def at_positions(values_BC: jax.Array, positions: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, index: row[index])(values_BC, index_BN)
 
 
+def narrowed(metric: Metric) -> tuple[Any, Metric] | None:
+    """The positions [n] or [B, n] that a metric reads, and the same metric of logits [B, n, V] there; None for all."""
+    if not isinstance(metric, LogProb | LogitDifference | SetLogProb):
+        return None
+    return metric.positions, dataclasses.replace(metric, positions=np.arange(metric.positions.shape[-1]))
+
+
 @_data
 @dataclasses.dataclass(frozen=True)
 class LogProb:

@@ -20,12 +20,14 @@ from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import State
+from dgemma_jax.diffusion.trajectory import StepView
 from dgemma_jax.nn import meshes
 from dgemma_jax.nn.cache import KVCache
 from dgemma_jax.nn.functional import of
+from dgemma_jax.nn.sites import Site
 from dgemma_jax.progress import bar
 from interp.gates import table
-from interp.metrics import Metric
+from interp.metrics import Metric, at_positions, narrowed
 
 NOTHING = -1  # the intervention that changes nothing
 
@@ -138,6 +140,17 @@ def as_data(metric: Metric) -> Metric:
     if not callable(metric):
         raise ValueError(f"metric must be a function logits [B, C, V] -> [B], got {type(metric).__name__}")
     return jax.tree_util.Partial(metric) if jax.tree_util.all_leaves([metric]) else metric
+
+
+def of_step(metric: Metric, model: Any, view: StepView, count: int) -> jax.Array:
+    """[count, B] of a step of count * B rows; logits are made where the metric reads them alone, if it says where."""
+    narrow = narrowed(metric)
+    if narrow is None or type(getattr(model, "logits", None)) is not Site:  # edited there, or not one of ours
+        return measured(metric, view.logits, count)
+    prompts = len(view.hidden) // count
+    positions_BN = jnp.broadcast_to(narrow[0], (prompts, narrow[0].shape[-1]))
+    hidden = at_positions(view.hidden, jnp.tile(positions_BN, (count, 1)))
+    return measured(narrow[1], model.unembed(hidden), count)
 
 
 def measured(metric: Metric, logits: jax.Array, count: int) -> jax.Array:

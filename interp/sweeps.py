@@ -35,7 +35,7 @@ from interp.gates import table
 from interp.later_layers import Beginning, begun
 from interp.metrics import Metric
 from interp.places import Change, Target, change, changed, edited, targets
-from interp.rows import as_data, measured, repeated, that_fit
+from interp.rows import as_data, of_step, repeated, that_fit
 from interp.sweep_inputs import Run, check_metric, chosen, pairs, steps_of
 
 BUSY = 256  # tokens that keep a device busy
@@ -305,18 +305,21 @@ def _first(goal: Target, places: np.ndarray, acts: np.ndarray) -> jax.Array:
 @functools.partial(jax.jit, static_argnames=("tree", "goal", "pairs"))
 def _metric(leaves, state, cache, sampler, pinned, own, begin, metric, *, tree, goal, pairs) -> tuple[jax.Array, list]:
     """[n, P] the metric of a patched step of n * P rows; what its layers handed on."""
-    _, view, _, left = _stepped(tree.unflatten(leaves), state, cache, sampler, pinned, own, begin, goal)
-    return measured(metric, view.logits, view.logits.shape[0] // pairs), left
+    model, state, cache, left = _changed(tree.unflatten(leaves), state, cache, own, begin, goal)
+    _, view = denoise_step(model, state, cache, sampler, pinned)
+    return of_step(metric, model, view, len(view.hidden) // pairs), _in_order(left)
 
 
 @functools.partial(jax.jit, static_argnames=("tree", "goal"))
 def _next(leaves, state, cache, sampler, pinned, own, begin, *, tree, goal) -> tuple[State, KVCache, list]:
     """The state after a patched step; the cache, changed if that is what was patched; what layers handed on."""
-    state, _, cache, left = _stepped(tree.unflatten(leaves), state, cache, sampler, pinned, own, begin, goal)
-    return state, cache, left
+    model, state, cache, left = _changed(tree.unflatten(leaves), state, cache, own, begin, goal)
+    state, _ = denoise_step(model, state, cache, sampler, pinned)
+    return state, cache, _in_order(left)
 
 
-def _stepped(model, state, cache, sampler, pinned, own, begin, goal):
+def _changed(model, state, cache, own, begin, goal) -> tuple[Any, State, KVCache, dict[int, jax.Array]]:
+    """What goes into a patched step; and what its layers will hand on, there once it is traced."""
     left: dict[int, jax.Array] = {}
     if goal is not None:
         model, state, cache = changed(goal, own, model, state, cache)
@@ -326,8 +329,11 @@ def _stepped(model, state, cache, sampler, pinned, own, begin, goal):
             return own.take(goal.axes, layer, own.value)(x) if goal.name == LAST_IN_LAYER else x
 
         model, left = begun(model, begin, at_end)
-    state, view = denoise_step(model, state, cache, sampler, pinned)
-    return state, view, cache, [left[layer] for layer in sorted(left)]
+    return model, state, cache, left
+
+
+def _in_order(left: dict[int, jax.Array]) -> list[jax.Array]:
+    return [left[layer] for layer in sorted(left)]
 
 
 def rows_of(moment: Moment, count: int) -> Moment:

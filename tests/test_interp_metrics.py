@@ -1,5 +1,7 @@
 """Metrics equal numpy, take numbers a row, are data to compiled functions, and refuse what they cannot measure."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,10 @@ import numpy as np
 import pytest
 from oracles import softmax
 
+import dgemma_jax as dg
 import interp
+from dgemma_jax.diffusion import denoise_step
+from interp import rows
 
 B, C, V = 2, 4, 9
 LOGITS = np.random.default_rng(0).normal(size=(B, C, V)).astype(np.float32) * 3
@@ -67,3 +72,39 @@ def test_their_numbers_are_data():
 def test_what_cannot_be_measured_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.fixture(scope="module")
+def moment(tiny):
+    sampler = dg.SamplerConfig(max_denoising_steps=2, early_stop=False)
+    prompts = [[5, 6], [7, 8, 9]]
+    return dg.generate(tiny, prompts, sampler=sampler, max_new_tokens=12).trajectory.moment(0, 1)
+
+
+def step(metric, model, moment, *, of=rows.of_step):
+    view = denoise_step(model, moment.state, moment.cache, moment.sampler)[1]
+    return of(metric, model, view, 1) if of is rows.of_step else of(metric, view.logits, 1)
+
+
+@pytest.mark.parametrize("metric", [
+    interp.LogProb([1, 2], [3, 5]), interp.LogProb([[1, 2], [0, 3]], [[3, 5], [7, 7]]),
+    interp.LogitDifference([[1], [2]], 3, 4), interp.SetLogProb([0, 3], [1, 2], [5, 6]), interp.SetLogProb(0, [1, 2]),
+    jax.tree_util.Partial(lambda logits: logits[:, 3].max(-1)),
+])  # fmt: skip
+def test_a_step_is_measured_where_it_is_read(tiny, moment, metric):
+    whole = functools.partial(step, of=rows.measured)
+    wanted = jax.jit(whole)(metric, tiny, moment)
+    np.testing.assert_allclose(jax.jit(step)(metric, tiny, moment), wanted, rtol=1e-5, atol=1e-5)
+    edited = interp.edit(tiny, "logits", interp.Scale(2.0), positions=[2])  # acts on positions of the whole canvas
+    found, wanted = jax.jit(step)(metric, edited, moment), jax.jit(whole)(metric, edited, moment)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_no_other_logits_are_made(tiny, moment):
+    def flops(of):
+        compiled = jax.jit(functools.partial(step, of=of)).lower(interp.LogProb(1, 3), tiny, moment).compile()
+        return compiled.cost_analysis()["flops"]
+
+    config = tiny.config
+    spared = 2 * 2 * (config.canvas_length - 1) * config.embed_dim * config.vocab_size
+    assert flops(rows.measured) - flops(rows.of_step) >= spared

@@ -147,7 +147,8 @@ def denoise_step(
         model, phase="denoise", step=state.step, block=state.block, keys=state.keys, length=cache.length,
         canvas=state.canvas, soft=state.soft, embedder=model.embedder, captured=captured,
     )  # fmt: skip
-    logits_BCV = model.unembed(model.denoise(state.canvas, cache, state.soft))
+    hidden_BCD = model.denoise(state.canvas, cache, state.soft)
+    logits_BCV = model.unembed(hidden_BCD)
     shaped_BCV = logits_BCV / noise.temperature(state.step, sampler)[:, None, None]
     if pinned is not None:
         own = jnp.arange(shaped_BCV.shape[-1]) == state.canvas[..., None]
@@ -170,7 +171,7 @@ def denoise_step(
 
     view = StepView(
         state.step, state.block, state.canvas, state.soft, logits_BCV, shaped_BCV, argmax_BC, sample_BC, entropy_BC,
-        accepted_BC, canvas_BC, soft_BCD, captured,
+        accepted_BC, canvas_BC, soft_BCD, captured, hidden_BCD,
     )  # fmt: skip
     return advance(state, view, sampler), view
 

@@ -84,6 +84,7 @@ class StepView:
         next_canvas: [B, C] after acceptance and renoising.
         next_soft: [B, C, D].
         sites: what captured sites left, by full name; empty unless surgery put taps into the model.
+        hidden: [B, C, D] after the final norm; `model.unembed` makes the logits of it.
     """
 
     step: jax.Array
@@ -99,6 +100,7 @@ class StepView:
     next_canvas: jax.Array
     next_soft: jax.Array
     sites: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    hidden: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

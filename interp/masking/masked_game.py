@@ -28,7 +28,7 @@ from interp.gates import Gate
 from interp.kept_chunks import Chunks
 from interp.masking.replacements import Pool
 from interp.masking.units import Units
-from interp.rows import Rows, measured
+from interp.rows import Rows, measured, of_step
 
 READS = ("logits", "tokens")
 
@@ -203,8 +203,9 @@ def _read(model, state, cache, sampler, pinned, metric, *, reads) -> jax.Array:
 
 def _measured(model, state, cache, sampler, pinned, metric, reads) -> jax.Array:
     after, view = denoise_step(model, state, cache, sampler, pinned)
-    read = view.logits if reads == "logits" else after.argmax
-    return measured(metric, read, read.shape[0])[:, 0].astype(jnp.float32)
+    count = len(after.argmax)
+    found = of_step(metric, model, view, count) if reads == "logits" else measured(metric, after.argmax, count)
+    return found[:, 0].astype(jnp.float32)
 
 
 def _masked(model, given, masks_NU, draws_N) -> tuple[dict[str, Patch], State, KVCache, jax.Array | None]:
