@@ -153,8 +153,9 @@ def _cut(model, at, sampler, on_IL, places, queries_C, heads_N, metric) -> jax.A
         where = (on_BL[:, layer, None] & found_BS)[:, None, None] & queries_C[:, None] & heads_N[:, None, None]
         for site, value in (("attn_scores", _CUT), ("attn_pattern", 0.0)):
             edits[f"layers.{layer}.{site}"] = Replace(_set, (where, value), name=site, phase="denoise")
-    view = denoise_step(put(model, edits), every.state, every.cache, sampler, every.pinned)[1]
-    return rows.measured(metric, view.logits, count)
+    model = put(model, edits)
+    view = denoise_step(model, every.state, every.cache, sampler, every.pinned)[1]
+    return rows.of_step(metric, model, view, count)
 
 
 def _set(x: jax.Array, where: jax.Array, value: float) -> jax.Array:
