@@ -16,6 +16,9 @@ if _JAXLIB.startswith("0.12."):
     _FAST += " --xla_cpu_emitter_verification_level=0"
 os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}".strip()
 
+# The products of torch do not depend on where in memory a weight lies.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
 # Tracing makes many small objects, nearly all of which live on.
 gc.set_threshold(100_000, 20, 20)
 

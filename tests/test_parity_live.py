@@ -19,6 +19,7 @@ pytestmark = [
 ]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+ANOTHER_PROCESSOR = 1e-3  # float32 logits of torch itself are 3e-4 apart between one of Intel and one of AMD
 
 
 @pytest.fixture(scope="module", params=cases.CASES, ids=lambda case: case.name)
@@ -56,7 +57,7 @@ def test_the_kept_record_is_what_transformers_computes_today(live):
         if array.dtype.kind in "ib":
             checks.equal(kept[name], array, name)
         elif not name.startswith("bfloat16/"):
-            checks.close(kept[name], array.astype(np.float32), name)
+            checks.close(kept[name], array.astype(np.float32), name, ANOTHER_PROCESSOR)
     same = dg.load(checks.DIRECTORY / case.name)
     assert (same.config, same.sampler) == (bundle.config, bundle.sampler)
 
