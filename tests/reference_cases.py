@@ -227,8 +227,12 @@ def bfloat16(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def replay(model: Any, prompts: list[np.ndarray], seed: int) -> dict[str, np.ndarray]:
+def replay(
+    model: Any, prompts: list[np.ndarray], seed: int, given: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """A run of `generate` with torch's own random numbers: what went into and came out of each step.
+
+    With `given` [N, B, C, V] the steps after each step are conditioned on these shaped logits instead of the run's own.
 
     [N] block, remaining, temperature; [N, B] frozen, finished; [N, B, C] canvas, sample, fresh, entropy, accepted,
     argmax, next_canvas; [N, B, C, V] logits, which over the temperature are the next step's self-conditioning.
@@ -236,7 +240,7 @@ def replay(model: Any, prompts: list[np.ndarray], seed: int) -> dict[str, np.nda
     import torch
 
     torch.manual_seed(seed)
-    with recorded(model) as steps:
+    with recorded(model, given) as steps:
         out = _generate(model, prompts)
     found = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
     return found | dict(
@@ -260,8 +264,8 @@ def run(model: Any, prompts: list[np.ndarray], seeds: list[int]) -> dict[str, np
 
 
 @contextlib.contextmanager
-def recorded(model: Any) -> Any:
-    """A list that fills with one dictionary of arrays for every denoising step of `generate`."""
+def recorded(model: Any, given: np.ndarray | None = None) -> Any:
+    """A list that fills with one dictionary of arrays for every denoising step of `generate`; `given` as in `replay`."""
     import torch
 
     steps: list[dict[str, np.ndarray]] = []
@@ -293,7 +297,7 @@ def recorded(model: Any) -> Any:
         sampler.accept_canvas = accepting
         sampler.initialize_canvas = kept("fresh", type(sampler).initialize_canvas.__get__(sampler))
         before = {k: _numpy(inputs[k]) for k in ("finished_denoising", "current_canvas")}
-        canvas, argmax, _, finished = original(
+        canvas, argmax, shaped, finished = original(
             **inputs | {"decoder_forward": kept("out", forward), "logits_processor": kept("shaped", processor)}
         )
         del sampler.accept_canvas, sampler.initialize_canvas
@@ -309,7 +313,10 @@ def recorded(model: Any) -> Any:
                 finished=_numpy(finished),
             )
         )  # fmt: skip
-        return canvas, argmax, _, finished
+        if given is not None:
+            live = ~before["finished_denoising"]  # the others keep theirs
+            shaped[live] = shaped.new_tensor(given[len(steps) - 1][live])
+        return canvas, argmax, shaped, finished
 
     model._denoising_step, model._prepare_denoiser_inputs = step, prepared
     try:

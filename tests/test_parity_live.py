@@ -19,7 +19,6 @@ pytestmark = [
 ]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-ANOTHER_PROCESSOR = 1e-3  # float32 logits of torch itself are 3e-4 apart between one of Intel and one of AMD
 
 
 @pytest.fixture(scope="module", params=cases.CASES, ids=lambda case: case.name)
@@ -49,15 +48,19 @@ def test_weights_hide_nothing(live):
 
 
 def test_the_kept_record_is_what_transformers_computes_today(live):
-    case, _, bundle, kept = live
+    case, model, bundle, kept = live
     cases.check_informative(case, kept)
     stored = checks.load_record(checks.DIRECTORY / case.name / "reference.npz")
+    # Each step from where the kept one was: on another processor torch's roundings add up over a run.
+    run = checks.part(stored, "replay/")
+    given = run.logits / run.temperature[:, None, None, None]
+    kept = kept | cases.prefixed("replay/", cases.replay(model, checks.prompts_of(kept), case.seed, given))
     assert stored.keys() == kept.keys()
     for name, array in stored.items():
         if array.dtype.kind in "ib":
             checks.equal(kept[name], array, name)
         elif not name.startswith("bfloat16/"):
-            checks.close(kept[name], array.astype(np.float32), name, ANOTHER_PROCESSOR)
+            checks.close(kept[name], array.astype(np.float32), name)
     same = dg.load(checks.DIRECTORY / case.name)
     assert (same.config, same.sampler) == (bundle.config, bundle.sampler)
 
