@@ -79,7 +79,7 @@ def build(target: str, name: str, config: Any = None) -> tuple[Any, tuple, dict]
     own, begin, metric = (programs.laid(x, chip) for x in (change, begin, metric))
     leaves, tree = jax.tree.flatten(laid[0])
     given = (leaves, *laid[1:], settings, None, own, begin, metric)
-    return sweeps._metric, given, {"tree": tree, "goal": goal, "pairs": 1}
+    return sweeps._metric, given, {"tree": tree, "goal": goal, "pairs": 1, "read": ROWS}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -79,7 +79,7 @@ def mid(sizes: peer.Sizes | None = None, positions: int = 4) -> Case:
     clean, corrupt = np.random.default_rng(0).integers(3, sizes.vocab_size, (2, sizes.prompt_length))
     metric = LogitDifference([2], [5], [6])
     case = _case(bundle, model, (clean.tolist(), corrupt.tolist()), 1, range(positions), metric)
-    return dataclasses.replace(case, agreeing=0.8)
+    return dataclasses.replace(case, agreeing=0.9)
 
 
 def _case(bundle, model, pair, steps, positions, metric) -> Case:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from dgemma_jax.nn.cache import KVCache, slot_positions
 from dgemma_jax.nn.functional import of
 from interp.captures import capture_prompt
 from interp.places import Target
-from interp.taps import heard, tapped
 
 SOURCES = ("donor", "zero", "mean", "resample", "renoise")
 _TOKENS = ("canvas", "canvas_embed", "token_embed")  # where random tokens can stand
@@ -33,18 +32,15 @@ def check(source: str, goals: Sequence[Target], pairs: int) -> None:
         raise ValueError("resample takes the value of another pair: give two pairs or more")
 
 
-def reader(bundle: Any, goal: Target) -> Callable[[Moment], Any]:
-    """A function that gives what a run has at a target before or during a step, on the host.
+def carried(goal: Target, moment: Moment, bundle: Any) -> Any:
+    """What a run has at a target other than a site of the step, on the host.
 
     Returns:
-        Moment -> arrays [P, ...] by full name; [P, ...] of a carrier; a `KVCache`.
+        [P, ...] of a carrier; a `KVCache`; arrays [P, ...] by full name of sites of the prompt.
     """
-    if goal.kind == "site":
-        model, _ = tapped(of(bundle), goal.sites)
-        return lambda moment: jax.device_get(heard(model, moment))
     if goal.kind == "prompt":
-        return lambda moment: dict(capture_prompt(bundle, moment.prompts, goal.sites).arrays)
-    return lambda moment: jax.device_get(moment.cache if goal.kind == "cache" else getattr(moment, goal.kind))
+        return dict(capture_prompt(bundle, moment.prompts, goal.sites).arrays)
+    return jax.device_get(moment.cache if goal.kind == "cache" else getattr(moment, goal.kind))
 
 
 def put(source: str, goal: Target, given: Any, moment: Moment, bundle: Any, seed: int) -> Any:

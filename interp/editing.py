@@ -250,7 +250,7 @@ def _check(new: Edit, info: SiteInfo, model: Any) -> None:
     canvas = model.config.canvas_length
     wanted = sizes(info, batch=0, length=0 if new.phase != "denoise" else canvas, slots=0)  # 0: any
     shown = ", ".join(a if not n else f"{a}={n}" if a != "1" else a for a, n in zip(letters, wanted, strict=True))
-    batch = 2
+    batch, slots = 2, 4 + canvas
     fields = {n: (getattr(new, n), r) for n, r in new.VALUES.items()} | {"mask": (new.gate.mask, None)}
     for name, (value, own_rank) in fields.items():
         if value is None:
@@ -275,8 +275,10 @@ def _check(new: Edit, info: SiteInfo, model: Any) -> None:
             raise ValueError("values per step act in denoising only")
         if len(shape) == rank and shape[0] > 1:
             batch = max(batch, shape[0])
+        if letters.endswith("S") and shape and shape[-1] > 1:  # as many keys as it was captured from
+            slots = shape[-1]
     length = 3 if prefill else canvas
-    shape = sizes(info, batch=batch, length=length, slots=4 + length)
+    shape = sizes(info, batch=batch, length=length, slots=slots)
     context = _mock(batch, length, model, prefill)
     new = dataclasses.replace(new)  # a trial; modules of this trace only
 

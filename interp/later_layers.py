@@ -39,13 +39,14 @@ class Beginning:
 
 @nnx.dataclass(eq=False)
 class _Later(nnx.Module):
-    """A layer of a denoising step that runs, or hands on what is given. `changed`, `leave`: see `begun`; static."""
+    """A layer of a denoising step that runs, or hands on what is given. The last three: see `begun`; static."""
 
     layer: Any = nnx.data()
     number: int
     beginning: Beginning = nnx.data()
     changed: Callable[[int, jax.Array], jax.Array]
     leave: Callable[[int, jax.Array], None]
+    inside: dict[str, jax.Array]
 
     @property
     def denoise_scalar(self) -> Any:
@@ -55,32 +56,43 @@ class _Later(nnx.Module):
         handed_PCD = self.beginning.handed[self.number]
         count = len(handed_PCD)
 
-        def given(x_BCD: jax.Array) -> jax.Array:
-            return self.changed(self.number, jnp.tile(handed_PCD, (len(x_BCD) // count, 1, 1)))
+        def run(x_BCD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            x_BCD = self.layer(x_BCD, *more)[0]
+            found = dict(self.inside)
+            self.inside.clear()  # they are of this branch, and leave it as its results
+            return x_BCD, found
 
-        def run(x_BCD: jax.Array) -> jax.Array:
-            return self.layer(x_BCD, *more)[0]
+        def given(x_BCD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            x_BCD = self.changed(self.number, jnp.tile(handed_PCD, (len(x_BCD) // count, 1, 1)))
+            return x_BCD, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
 
-        x_BCD = jax.lax.cond(self.number < self.beginning.layer, given, run, x_BCD)
+        before = dict(self.inside)
+        self.inside.clear()
+        nothing = jax.eval_shape(run, x_BCD)[1]
+        x_BCD, found = jax.lax.cond(self.number < self.beginning.layer, given, run, x_BCD)
+        self.inside.update(before | found)
         self.leave(self.number, x_BCD[:count])
         return x_BCD, None, None
 
 
 def begun(
-    model: Any, beginning: Beginning, changed: Callable[[int, jax.Array], jax.Array]
-) -> tuple[Any, dict[int, jax.Array]]:
+    model: Any, beginning: Beginning, changed: Callable[[int, jax.Array], jax.Array],
+    inside: dict[str, jax.Array] | None = None,
+) -> tuple[Any, dict[int, jax.Array]]:  # fmt: skip
     """The model whose denoising step begins at a layer. Within one trace.
 
     Args:
         changed: gives, for a layer's number and what it handed on [B, C, D], what takes its place.
+        inside: where sites within layers leave arrays in this trace; zeros of a layer that does not run.
 
     Returns:
         The model; and by layer, once a step is traced, [P, C, D] what it handed on for the first P rows.
     """
     left: dict[int, jax.Array] = {}
+    inside = {} if inside is None else inside
     found = surgery.layers(model)
     later = {
-        path: _Later(layer, path[1].idx, beginning, changed, left.__setitem__)
+        path: _Later(layer, path[1].idx, beginning, changed, left.__setitem__, inside)
         for path, layer in found.get_by_path().items()
     }
     return found.set_by_path(later), left

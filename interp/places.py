@@ -7,8 +7,9 @@ combinations of layer, position, head and expert. Where a row acts is data, so a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from interp import surgery
 from interp.editing import put
 from interp.edits import Edit
 
+Leave = Callable[[str, jax.Array], None]
 OVER = {"position": "T", "head": "NK", "expert": "E"}
 _HANDED_ON = {"canvas": "canvas", "soft_embed": "soft", "soft_probs": "soft"}  # sites behind the logits; carriers
 
@@ -35,13 +37,17 @@ class Take(Edit):
         value: [B, ...] of the site's rank, of size one along the axes in which a row takes one place.
         on: [B] bool, the row acts here.
         at: by letter of an axis, [B, n] bool: where along it. In the prompt n counts positions.
+        leave: called with what comes, before anything is taken; within one trace; static.
     """
 
     value: Any = nnx.data()
     on: Any = nnx.data()
     at: Any = nnx.data()
+    leave: Callable[[jax.Array], None] | None = None
 
     def apply(self, x: jax.Array) -> jax.Array:
+        if self.leave is not None:
+            self.leave(x)
         context, batch = self.context or {}, x.shape[0]
         where = self.on.reshape(-1, *[1] * (x.ndim - 1))
         for letter, mask_BN in self.at.items():
@@ -64,6 +70,8 @@ class Target:
         sites: full names, in the order of `layers`; empty for a carrier.
         layers: their numbers; empty without layers.
         axes: letters of a value, T for positions of either kind.
+        shape: sizes for them as in `SiteInfo`; empty for a carrier.
+        dtype: of a site.
         swept: letters along which places lie: L, T, and N, K or E.
     """
 
@@ -72,6 +80,8 @@ class Target:
     sites: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     axes: str
+    shape: tuple[int | str, ...] = ()
+    dtype: str = ""
     swept: str
 
     @property
@@ -116,14 +126,19 @@ def targets(model: Any, sites: str | Sequence[str], phase: str, over: Sequence[s
                 raise ValueError(f"{info.name} is handed to the next step; sweep {carrier!r}, as it is fed into one")
             if "C" in info.axes if phase == "prefill" else info.name == "token_embed":
                 raise ValueError(f"{info.name} does not exist in {phase}")
-            groups.setdefault((surgery.fold(info.name), info.shape), []).append(info)
-    for (name, _), alike in groups.items():
+            layer = info.name.split(".")[1] if "S" in info.axes else None
+            slots = layer and config.is_sliding(int(layer))  # a ring has others than a full layer
+            groups.setdefault((surgery.fold(info.name), info.shape, slots), []).append(info)
+    for (name, *_), alike in groups.items():
         axes = alike[0].axes.replace("C", "T")
         layers = tuple(int(i.name.split(".")[1]) for i in alike if i.name.startswith("layers."))
         swept = "L" * bool(layers) + "".join(a for a in axes if a in letters)
         kind = "prompt" if phase == "prefill" else "site"
         full = tuple(info.name for info in alike)
-        found.append(Target(name=name, kind=kind, sites=full, layers=layers, axes=axes, swept=swept))
+        found.append(Target(
+            name=name, kind=kind, sites=full, layers=layers, axes=axes, shape=alike[0].shape, dtype=alike[0].dtype,
+            swept=swept,
+        ))  # fmt: skip
     for name in {target.name for target in found if "K" in target.swept}:
         heads = {config.kv_heads(layer) for target in found if target.name == name for layer in target.layers}
         if len(heads) > 1:
@@ -211,8 +226,14 @@ def _gathered(target: Target, arrays: Any, places: np.ndarray, slots: bool = Fal
     return np.concatenate(rows)
 
 
-def changed(target: Target, change: Change, model: Any, state: State, cache: KVCache) -> tuple[Any, State, KVCache]:
-    """What goes into a step, with the change made. Traced."""
+def changed(
+    target: Target, change: Change, model: Any, state: State, cache: KVCache, leave: Leave | None = None
+) -> tuple[Any, State, KVCache]:
+    """What goes into a step, with the change made. Traced.
+
+    Args:
+        leave: called with the full name of each of the target's sites and what comes there, unchanged.
+    """
     if target.kind in ("canvas", "soft"):
         take = change.take(target.axes, 0, change.value)
         return model, state.replace(**{target.kind: take(getattr(state, target.kind))}), cache
@@ -227,14 +248,15 @@ def changed(target: Target, change: Change, model: Any, state: State, cache: KVC
             }
             layers.append(LayerCache(**own))
         return model, state, cache.replace(layers=layers)
-    return edited(target, change, model), state, cache
+    return edited(target, change, model, leave), state, cache
 
 
-def edited(target: Target, change: Change, model: Any) -> Any:
-    """The model with the change at the target's sites."""
+def edited(target: Target, change: Change, model: Any, leave: Leave | None = None) -> Any:
+    """The model with the change at the target's sites. `leave`: see `changed`."""
     phase = "prefill" if target.kind == "prompt" else "denoise"
     takes = {}
     for i, name in enumerate(target.sites):
         layer = target.layers[i] if target.layers else 0
-        takes[name] = change.take(target.axes, layer, change.value, name=name.split(".")[-1], phase=phase)
+        own = None if leave is None else functools.partial(leave, name)
+        takes[name] = change.take(target.axes, layer, change.value, name=name.split(".")[-1], phase=phase, leave=own)
     return put(model, takes)

@@ -2,7 +2,8 @@
 
 A chunk of n interventions on P pairs of prompts is one compiled step of n * P rows. Every intervention starts from
 the recipient's own moment at its step, under the recipient's keys; effects are differences to a row of the same
-program that takes nothing, and the layers before the first changed one hand on what they did in that row. Terms:
+program that takes nothing, and the layers before the first changed one hand on what they did in that row. What a donor
+has at a site is read by that program too: another rounds elsewhere, and a run patched with itself would move. Terms:
 Zhang and Nanda, arXiv 2309.16042 (denoising, noising, resampling); places by step and carrier are what a diffusion
 model adds.
 """
@@ -39,6 +40,7 @@ from interp.rows import as_data, of_step, repeated, that_fit
 from interp.sweep_inputs import Run, check_metric, chosen, pairs, steps_of
 
 BUSY = 256  # tokens that keep a device busy
+READ = 1 << 28  # bytes of donors' values that one call gives, if more than one step of them
 LAST_IN_LAYER = "layers.*.resid_post"
 DIRECTIONS, EFFECTS = ("denoising", "noising"), ("step", "text")
 
@@ -160,7 +162,6 @@ class _Work:
     steps: tuple[int, ...]
     index: dict[str, list[int]]
     rows_at_once: int | None
-    _readers: dict[Target, Callable[[Moment], Any]] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def flat_model(self) -> tuple[list[jax.Array], jax.tree_util.PyTreeDef]:
@@ -183,8 +184,12 @@ class _Work:
         length = prompt if goal.kind in ("prompt", "cache") else config.canvas_length
         return {"T": length, "P": length, "N": config.num_heads, "K": heads, "E": config.num_experts}
 
-    def chunks(self, goal: Target) -> list[tuple[np.ndarray, np.ndarray]]:
+    @functools.cached_property
+    def chunks(self) -> Callable[[Target], list[tuple[np.ndarray, np.ndarray]]]:
         """Places, and whether each is one: the first of all stands for no change, and so does what fills up."""
+        return functools.cache(self._chunks)
+
+    def _chunks(self, goal: Target) -> list[tuple[np.ndarray, np.ndarray]]:
         places = goal.places(self.numbers(goal))
         most = that_fit(self.bundle, self.recipient, self.pairs, self.rows_at_once)
         in_layer = len(places) // max(1, len(goal.layers))
@@ -238,10 +243,49 @@ class _Work:
 
     def _given(self, goal: Target, step: int) -> Any:
         """What is put in place, of every pair."""
-        if goal not in self._readers:
-            self._readers[goal] = donors.reader(self.bundle, goal)
         moment = self.donor.at(step)
-        return donors.put(self.source, goal, self._readers[goal](moment), moment, self.bundle, self.seed)
+        if goal.kind == "site":
+            place = self.steps.index(step)
+            row = place % self._at_once(goal)
+            own = slice(row * self.pairs, (row + 1) * self.pairs)
+            values = {name: x[own] for name, x in self.of_donor(goal, place - row)[1].items()}
+        else:
+            values = donors.carried(goal, moment, self.bundle)
+        return donors.put(self.source, goal, values, moment, self.bundle, self.seed)
+
+    @functools.cached_property
+    def of_donor(self) -> Callable[[Target, int], tuple[np.ndarray | None, dict[str, np.ndarray]]]:
+        """`_unpatched` of the donor; the last call is kept."""
+        return functools.lru_cache(1)(lambda goal, first: self._unpatched(goal, first, self.donor))
+
+    def _at_once(self, goal: Target) -> int:
+        """Steps of an unpatched run in one call: as rows, where a sweep has places."""
+        count = len(self.chunks(goal)[0][0])
+        size = sum(x.nbytes for x in self._nothing(goal).values())
+        return min(count, max(1, READ // size)) if size else count
+
+    def _nothing(self, goal: Target) -> dict[str, np.ndarray]:
+        """Zeros in place of what a run has at sites of the step."""
+        if goal.kind != "site":
+            return {}
+        model, entries = of(self.bundle), self.recipient.moment.cache.layers
+        canvas = model.config.canvas_length
+        slots = entries[goal.layers[0]].k.shape[2] + canvas if goal.layers else 0
+        known = {"B": self.pairs, "T": canvas, "S": slots}
+        shape = [known.get(size, size) for size in goal.shape]
+        zero = np.zeros((), model.dtype if goal.dtype == "compute" else goal.dtype)
+        return dict.fromkeys(goal.sites, np.broadcast_to(zero, shape))
+
+    def _unpatched(self, goal: Target, first: int, run: Run) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+        """Of steps from number `first` on: the metric [m, P], if it is of a step; what is at the sites [m * P, ...]."""
+        places, _ = self.chunks(goal)[0]
+        steps = self.steps[first : first + self._at_once(goal)]
+        args = ()
+        if goal.kind != "prompt":
+            given = self._nothing(goal) or self._given(goal, steps[0])
+            args = goal, self._change(goal, (places, np.zeros(len(places), bool)), given), self._beginning(goal)
+        found, _, seen = self._step(rows_of_all([run.at(step) for step in steps], len(places)), *args)
+        return (found[: len(steps)] if self.effect == "step" else None), jax.device_get(seen)
 
     def _change(self, goal: Target, chunk: tuple[np.ndarray, np.ndarray], given: Any) -> Change:
         sizes = self._sizes(goal)
@@ -260,18 +304,27 @@ class _Work:
             return Beginning.anew(of(self.bundle), self.pairs)
         return None
 
-    def _measure(
-        self, moment: Moment, goal: Target | None = None, own: Change | None = None, begin: Beginning | None = None
-    ) -> tuple[np.ndarray, list[jax.Array]]:
+    def _measure(self, moment: Moment, *change: Any) -> tuple[np.ndarray, list[jax.Array]]:
         """[n, P] the metric of the step that follows a moment of n * P rows, or of the text; what layers handed on."""
+        found, left, _ = self._step(moment, *change)
+        if self.effect == "text":
+            state, cache = found
+            out = dg.resume(self.bundle, moment.replace(state=state, cache=cache), record=dg.Record.nothing())
+            found = self._of_text(out.tokens)
+        return found, left
+
+    def _step(
+        self, moment: Moment, goal: Target | None = None, own: Change | None = None, begin: Beginning | None = None
+    ) -> tuple[Any, list[jax.Array], dict[str, jax.Array]]:
+        """[n, P] the metric of a step, or the state and the cache that a text goes on with; see `_changed`."""
         leaves, tree = self.flat_model
         args = (leaves, moment.state, moment.cache, moment.sampler, moment.pinned, own, begin)
+        static = {"tree": tree, "goal": goal, "read": self.pairs * self._at_once(goal) if goal else 0}
         if self.effect == "step":
-            found, left = _metric(*args, as_data(self.metric), tree=tree, goal=goal, pairs=self.pairs)
-            return np.asarray(found, np.float32), left
-        state, cache, left = _next(*args, tree=tree, goal=goal)
-        out = dg.resume(self.bundle, moment.replace(state=state, cache=cache), record=dg.Record.nothing())
-        return self._of_text(out.tokens), left
+            found, left, seen = _metric(*args, as_data(self.metric), pairs=self.pairs, **static)
+            return np.asarray(found, np.float32), left, seen
+        state, cache, left, seen = _next(*args, **static)
+        return (state, cache), left, seen
 
     def _of_text(self, tokens: np.ndarray) -> np.ndarray:
         """[n, P] of generated tokens [n * P, .]."""
@@ -285,16 +338,8 @@ class _Work:
         """[R, P] the metric of an unpatched run, by the program that patches; rows that ended count as at their end."""
         if self.effect == "text":
             return np.repeat(self._of_text(run.out.tokens), len(self.steps), 0)
-        places, _ = self.chunks(goal)[0]
-        count, args = len(places), ()
-        if goal.kind != "prompt":
-            given = self._given(goal, self.steps[0])
-            args = goal, self._change(goal, (places, np.zeros(count, bool)), given), self._beginning(goal)
-        found = []
-        for first in range(0, len(self.steps), count):  # rows are of one step each, where a sweep has places
-            part = self.steps[first : first + count]
-            found.append(self._measure(rows_of_all([run.at(step) for step in part], count), *args)[0][: len(part)])
-        return np.concatenate(found)
+        one = self.of_donor if run is self.donor else functools.partial(self._unpatched, run=run)
+        return np.concatenate([one(goal, first)[0] for first in range(0, len(self.steps), self._at_once(goal))])
 
 
 def _first(goal: Target, places: np.ndarray, acts: np.ndarray) -> jax.Array:
@@ -302,34 +347,40 @@ def _first(goal: Target, places: np.ndarray, acts: np.ndarray) -> jax.Array:
     return jnp.int32(places[acts, 0].min() + (goal.name == LAST_IN_LAYER))
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "goal", "pairs"))
-def _metric(leaves, state, cache, sampler, pinned, own, begin, metric, *, tree, goal, pairs) -> tuple[jax.Array, list]:
-    """[n, P] the metric of a patched step of n * P rows; what its layers handed on."""
-    model, state, cache, left = _changed(tree.unflatten(leaves), state, cache, own, begin, goal)
+@functools.partial(jax.jit, static_argnames=("tree", "goal", "pairs", "read"))
+def _metric(leaves, state, cache, sampler, pinned, own, begin, metric, *, tree, goal, pairs, read):
+    """[n, P] the metric of a patched step of n * P rows; what `_changed` tells."""
+    model, state, cache, left, seen = _changed(tree.unflatten(leaves), state, cache, own, begin, goal, read)
     _, view = denoise_step(model, state, cache, sampler, pinned)
-    return of_step(metric, model, view, len(view.hidden) // pairs), _in_order(left)
+    return of_step(metric, model, view, len(view.hidden) // pairs), _in_order(left), seen
 
 
-@functools.partial(jax.jit, static_argnames=("tree", "goal"))
-def _next(leaves, state, cache, sampler, pinned, own, begin, *, tree, goal) -> tuple[State, KVCache, list]:
-    """The state after a patched step; the cache, changed if that is what was patched; what layers handed on."""
-    model, state, cache, left = _changed(tree.unflatten(leaves), state, cache, own, begin, goal)
+@functools.partial(jax.jit, static_argnames=("tree", "goal", "read"))
+def _next(leaves, state, cache, sampler, pinned, own, begin, *, tree, goal, read):
+    """The state after a patched step; the cache, changed if that is what was patched; what `_changed` tells."""
+    model, state, cache, left, seen = _changed(tree.unflatten(leaves), state, cache, own, begin, goal, read)
     state, _ = denoise_step(model, state, cache, sampler, pinned)
-    return state, cache, _in_order(left)
+    return state, cache, _in_order(left), seen
 
 
-def _changed(model, state, cache, own, begin, goal) -> tuple[Any, State, KVCache, dict[int, jax.Array]]:
-    """What goes into a patched step; and what its layers will hand on, there once it is traced."""
+def _changed(model, state, cache, own, begin, goal, read) -> tuple[Any, State, KVCache, dict, dict]:
+    """What goes into a patched step; and, once it is traced, what its layers hand on, by layer, and what comes to the
+    target's sites before anything is taken, by name, of the first `read` rows."""
     left: dict[int, jax.Array] = {}
+    seen: dict[str, jax.Array] = {}
     if goal is not None:
-        model, state, cache = changed(goal, own, model, state, cache)
+
+        def leave(name: str, x: jax.Array) -> None:
+            seen[name] = x[:read]
+
+        model, state, cache = changed(goal, own, model, state, cache, leave)
     if begin is not None:
 
         def at_end(layer: int, x: jax.Array) -> jax.Array:
             return own.take(goal.axes, layer, own.value)(x) if goal.name == LAST_IN_LAYER else x
 
-        model, left = begun(model, begin, at_end)
-    return model, state, cache, left
+        model, left = begun(model, begin, at_end, seen)
+    return model, state, cache, left, seen
 
 
 def _in_order(left: dict[int, jax.Array]) -> list[jax.Array]:

@@ -65,20 +65,21 @@ def test_a_sweep_runs_what_is_changed(model, monkeypatch, site, begins):
     clean, corrupt = PROMPTS, [[7, 8, 14, 10], [11, 15, 13]]
     asked = (model, clean, corrupt, interp.LogitDifference([2], [7], [9]), site)
     whole = interp.patch_sweep(*asked, sampler=SAMPLER)
-    seen, measure = [], sweeps._Work._measure
+    seen, run = [], sweeps._Work._step
 
     def watched(self, moment, goal, own, begin):
         seen.append(int(begin.layer))
-        return measure(self, moment, goal, own, begin)
+        return run(self, moment, goal, own, begin)
 
-    monkeypatch.setattr(sweeps._Work, "_measure", watched)
+    monkeypatch.setattr(sweeps._Work, "_step", watched)
     across = interp.patch_sweep(*asked, sampler=SAMPLER, rows_at_once=6)
     assert seen[0] == 0 and max(seen) > 0
     monkeypatch.setattr(sweeps, "BUSY", 4)
     seen.clear()
     programs = sweeps._metric._cache_size()
     by_layer = interp.patch_sweep(*asked, sampler=SAMPLER)
-    assert seen[:-1] == 2 * begins and sweeps._metric._cache_size() <= programs + 1  # two steps, then the donor
+    assert seen == [0, *2 * begins]  # the donor at both steps, which is read, then each step
+    assert sweeps._metric._cache_size() <= programs + 1
     assert np.abs(whole[site]).max() > 1e-3
     for found in (across, by_layer):
         np.testing.assert_allclose(found[site], whole[site], **CLOSE)

@@ -78,6 +78,17 @@ def test_the_last_layer_decides_the_step(model, pair):
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize("layer", [0, 1])  # a ring of the last keys, and all of them
+def test_patterns_of_attention_fit_as_they_were_captured(model, pair, layer):
+    name = f"layers.{layer}.attn_pattern"
+    found = interp.patch(model, *pair, name)
+    np.testing.assert_allclose(interp.patch(model, pair[0], pair[0], name).logits, found.plain_logits, atol=1e-6)
+    assert np.abs(np.asarray(found.logits) - found.plain_logits).max() > 1e-4
+    few = interp.capture_step(model, pair[1], name)[name][..., :-1]
+    with pytest.raises(ValueError, match="broadcast"):
+        interp.patching.step_logits(interp.edit(model, name, interp.Patch(few)), pair[0])
+
+
 def test_one_step_or_all_that_follow(model, runs, pair):
     """With the donor's keys the recipient becomes the donor's run, if the donor is followed to the end."""
     recipient, donor = pair

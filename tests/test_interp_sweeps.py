@@ -16,6 +16,7 @@ from interp.sweep_inputs import steps_of
 C, STEPS, LAYERS = 6, 2, 2
 SAMPLER = dg.SamplerConfig(max_denoising_steps=STEPS, eos_token_ids=(1,), early_stop=False)
 CLEAN, CORRUPT = [[7, 8, 9, 10], [11, 12, 13]], [[7, 8, 14, 10], [11, 15, 13]]
+LARGE = interp.LogProb(np.arange(C), np.arange(C))
 METRIC = interp.LogitDifference([2], [7], [9])
 RESID = "layers.*.resid_post"
 CLOSE = dict(atol=2e-5, rtol=1e-4)
@@ -118,6 +119,16 @@ def test_a_run_patched_with_itself_is_itself(model, maps):
     assert np.abs(found.flat()).max() <= 1e-6 < np.abs(maps.flat()).max()
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("site", ["layers.*.attn_pattern", "layers.*.expert_out"])
+def test_so_it_is_at_every_kind_of_site(model, site, monkeypatch):
+    """Whether the donor is read a step at a time or at all steps at once."""
+    first, same = swept(model, site, metric=LARGE), swept(model, site, clean=CORRUPT, metric=LARGE)
+    monkeypatch.setattr(sweeps, "READ", 1)
+    np.testing.assert_allclose(swept(model, site, metric=LARGE).flat(), first.flat(), **CLOSE)
+    assert np.abs(same.flat()).max() <= 1e-6 * np.abs(same.base).min() and np.abs(first.flat()).max() > 1e-3
+
+
 def weighed(tokens):
     """A metric of texts that shows any other token."""
     return np.asarray(tokens)[:, :C] @ 3.0 ** np.arange(C)
@@ -175,8 +186,8 @@ def test_finished_chunks_are_not_run_again(model, tmp_path, monkeypatch):
     first = swept(model, **options)
     files = sorted(tmp_path.glob("*.npz"))
     files[0].unlink()
-    calls, measure = [], sweeps._Work._measure
-    monkeypatch.setattr(sweeps._Work, "_measure", lambda *args: calls.append(args) or measure(*args))
+    calls, step = [], sweeps._Work._step
+    monkeypatch.setattr(sweeps._Work, "_step", lambda *args: calls.append(args) or step(*args))
     again = swept(model, **options)
     assert len(calls) == 2  # the chunk that is gone, and the donor at all steps
     np.testing.assert_allclose(again.flat(), first.flat(), atol=1e-6)

@@ -84,6 +84,12 @@ def test_hundreds_of_places_are_one_program(nano, asked, canvas):
     assert (again.recovery(RESID)[0, -1, ANSWER] >= 0.9).all()
 
 
+def test_patched_with_itself_it_stays_as_it_is(nano, asked):
+    clean, _, *same = asked
+    found = swept(nano, (clean, clean, *same), ["layers.*.mlp_out", RESID])
+    assert np.abs(found.flat()).max() <= 1e-6 and np.abs(found.base).min() > 1  # another program is off by 4e-6
+
+
 def test_the_text_says_the_donors_value(nano, asked):
     """Its cached keys and values, in the layers that read them, make the whole answer the donor's."""
     place = asked[-1]
