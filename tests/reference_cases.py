@@ -16,8 +16,8 @@ Keys of a record, floats in float32; P prompts, C canvas, V vocabulary, N denois
     logits_first, given, soft, logits_next   one denoising pass without and with self-conditioning from logits `given`
     replay/...                      a run of `generate` on the left-padded batch, step by step
     run/...                         another run, with the random numbers of this package
-    bfloat16/...                    the denoising passes on `turned` canvases, [TURNS, P, ...], in bfloat16 and, on
-                                    weights rounded to it, in float32
+    bfloat16/...                    the denoising passes in bfloat16 and, on weights rounded to it, in float32, with an
+                                    axis of `turned` canvases in front
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import numpy as np
 DIRECTORY = Path(__file__).parent / "data" / "reference"
 SLIDING, FULL = "sliding_attention", "full_attention"
 S, F = SLIDING, FULL
-TURNS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,8 +204,8 @@ def passes(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found | {name: np.concatenate(arrays) for name, arrays in rows.items()}
 
 
-def bfloat16(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The denoising passes in bfloat16, and in float32 with the same rounded weights."""
+def bfloat16(model: Any, given: dict[str, np.ndarray], turns: int = 1) -> dict[str, np.ndarray]:
+    """The denoising passes on `turned` canvases in bfloat16, and in float32 with the same rounded weights."""
     import copy
 
     low = copy.deepcopy(model).bfloat16()
@@ -222,16 +221,16 @@ def bfloat16(model: Any, given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for p, length in enumerate(given["prompt_lengths"]):
             cache = _new_cache(each)
             _encode(each, given["prompts"][p : p + 1, :length], cache)
-            drawn = [(canvas[p : p + 1], logits[p : p + 1]) for canvas, logits in turned(given)]
+            drawn = [(canvas[p : p + 1], logits[p : p + 1]) for canvas, logits in turned(given, turns)]
             first.append([_denoise(each, canvas, cache) for canvas, _ in drawn])
             later.append([_denoise(each, canvas, cache, logits) for canvas, logits in drawn])
         found |= {f"{name}/logits_first": np.concatenate(first, 1), f"{name}/logits_next": np.concatenate(later, 1)}
     return found
 
 
-def turned(given: dict[str, np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The canvas and the logits given, from other positions on: as many other cases without anything to store."""
-    return [(np.roll(given["canvas"], n, 1), np.roll(given["given"], n, 1)) for n in range(TURNS)]
+def turned(given: dict[str, np.ndarray], turns: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The canvas and the logits given, and both from other positions on: as many other cases."""
+    return [(np.roll(given["canvas"], n, 1), np.roll(given["given"], n, 1)) for n in range(turns)]
 
 
 def replay(

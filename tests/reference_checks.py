@@ -261,7 +261,7 @@ def bfloat16_passes(bundle: dg.Bundle, kept: Kept) -> None:
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), bundle.model)
     cache = prefilled(bundle.with_model(low), kept)[0].cache
     assert all(entry.k.dtype == jnp.bfloat16 for entry in cache.layers)
-    drawn = reference_cases.turned(kept)
+    drawn = reference_cases.turned(kept, len(kept["bfloat16/low/logits_first"]))
     passes = {
         "logits_first": [dg.denoise(low, canvas, cache) for canvas, _ in drawn],
         "logits_next": [dg.denoise(low, canvas, cache, dg.soft_embed(low, logits)) for canvas, logits in drawn],

@@ -28,7 +28,10 @@ def live(request, tmp_path_factory):
     model = cases.build(request.param)
     directory = tmp_path_factory.mktemp(request.param.name)
     model.save_pretrained(directory)
-    return request.param, model, dg.load(directory), cases.record(request.param, model)
+    kept = cases.record(request.param, model)
+    # Most of a loss comes from few experts chosen otherwise: of one canvas it differs twofold between processors.
+    kept |= cases.prefixed("bfloat16/", cases.bfloat16(model, kept, turns=8))
+    return request.param, model, dg.load(directory), kept
 
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)

@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=names, default=list(names))
     parser.add_argument("--count", type=int, default=120, help="prompts of an audit (120)")
     parser.add_argument("--seeds", type=int, default=5, help="finetunes, and repeats of the audit (5)")
-    parser.add_argument("--steps", type=int, default=200, help="of finetuning (200)")
+    parser.add_argument("--steps", type=int, default=200, help="of finetuning (200); sandbagging takes twice as many")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name} in results, part by part")
     args = parser.parse_args(argv)
     clean = dg.load("nano")
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "surface": lambda: surface(clean, args.seeds, args.steps, args.count),
         "triggers": lambda: triggers(dg.load("nano-backdoor"), clean, clean_twin()),
         "hardening": lambda: hardening(clean, args.steps, args.count, (None, 8)),
-        "sandbagging": lambda: sandbagging(clean, args.steps, 4 * args.count),
+        "sandbagging": lambda: sandbagging(clean, 2 * args.steps, 4 * args.count),
     }  # fmt: skip
     for name in args.parts:
         began = time.time()
