@@ -7,6 +7,7 @@ the run. Values are those that the rest of the model reads, after the edits at t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from interp.activations import Activations, readable
 from interp.editing import rewrapped
 from interp.gates import table
 from interp.taps import Reduce, tapped
+
+_ROWS = 2  # of the step whose shapes are asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,20 +193,23 @@ def _plan(bundle, prompts, sites, steps, seed, sampler, max_new_tokens, position
 
 def _bytes(model: Any, capacity: int, sampler: SamplerConfig) -> dict[str, int]:
     """Bytes a step and row of each tap, from the shapes of a step."""
-
-    def step(model: Any) -> dict[str, jax.Array]:
-        rows = 2
-        zero = jnp.zeros(rows, jnp.int32)
-        cache = kv.empty(model.config, rows, capacity, model.dtype)
-        keys = jax.random.split(jax.random.key(0), rows)
-        state = start(keys, zero, zero > 0, model.config.canvas_length, model)
-        return denoise_step(model, state, cache, sampler)[1].sites
-
-    shapes = jax.eval_shape(step, model)
+    shapes = _seen.eval_shape(model, sampler, capacity=capacity)
     for name, shape in shapes.items():
-        if shape.shape[:1] != (2,):
-            raise ValueError(f"reduce makes shape {shape.shape} of 2 rows at {name}; the first axis must stay the rows")
-    return {name: s.size * s.dtype.itemsize // 2 for name, s in shapes.items()}
+        if shape.shape[:1] != (_ROWS,):
+            raise ValueError(
+                f"reduce makes shape {shape.shape} of {_ROWS} rows at {name}; the first axis must stay the rows"
+            )
+    return {name: s.size * s.dtype.itemsize // _ROWS for name, s in shapes.items()}
+
+
+@functools.partial(jax.jit, static_argnames="capacity")  # never run: so that a model is traced once, not in every call
+def _seen(model: Any, sampler: SamplerConfig, *, capacity: int) -> dict[str, jax.Array]:
+    """What the taps of a model hear in a step of two rows."""
+    zero = jnp.zeros(_ROWS, jnp.int32)
+    cache = kv.empty(model.config, _ROWS, capacity, model.dtype)
+    keys = jax.random.split(jax.random.key(0), _ROWS)
+    state = start(keys, zero, zero > 0, model.config.canvas_length, model)
+    return denoise_step(model, state, cache, sampler)[1].sites
 
 
 def _fit(by_site: dict[str, int], steps: int, rows: int, blocks: int, limit: int) -> CaptureSize:

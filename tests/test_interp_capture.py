@@ -11,6 +11,7 @@ import dgemma_jax as dg
 import interp
 from dgemma_jax.diffusion import loop
 from dgemma_jax.nn import transformer
+from interp import captures
 from interp.captures import _fit
 from interp.taps import tapped
 
@@ -46,6 +47,16 @@ def test_a_captured_run_is_the_run(plain, acts):
     assert acts.steps == tuple(range(STEPS)) and acts.valid.all() and acts.seeds == (3, 4, 5)
     np.testing.assert_allclose(acts["layers.1.attn_pattern"].sum(-1), 1, atol=1e-5)
     assert plain.trajectory.sites is None
+
+
+def test_a_model_is_traced_for_its_size_once(model, monkeypatch):
+    traced, step = [], captures.denoise_step
+    monkeypatch.setattr(captures, "denoise_step", lambda *args: traced.append(1) or step(*args))
+    one, other = (
+        interp.capture_size(model, PROMPTS, "layers.*.mlp_out", sampler=SAMPLER, positions=chosen)
+        for chosen in ([1, 2, 3], [0, 2, 5])
+    )
+    assert one.by_site == other.by_site and len(traced) == 1
 
 
 def test_the_loop_captures_what_single_steps_do(model, plain, acts):
