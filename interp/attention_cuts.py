@@ -107,7 +107,7 @@ def attention_knock_out(
         return _cut(model, run.at(step), run.sampler, on_IL, places, queries, heads, metric)
 
     count = len(at) * len(groups)
-    at_once = rows.that_fit(model, run, len(run.ids), rows_at_once)
+    at_once = rows.that_fit(model, run, len(run.ids), rows_at_once, metric=metric)
     effects, base = rows.sweep(one, run, count, at_once, "attention knock-out", progress)
     index = {"R": list(run.steps), "L": at.tolist(), "S": list(range(len(groups)))}
     return EffectMap(

@@ -113,7 +113,7 @@ def _swept(
         masks = parts.masks(chosen, model.config)
         return _knocked(model, run.at(step), run.sampler, values.get(step), masks, metric, reroute=how == "reroute")
 
-    at_once = rows.that_fit(model, run, len(run.ids), rows_at_once)
+    at_once = rows.that_fit(model, run, len(run.ids), rows_at_once, metric=metric)
     return rows.sweep(one, run, parts.count, at_once, f"knock-out ({how})", progress)
 
 

@@ -142,10 +142,15 @@ def as_data(metric: Metric) -> Metric:
     return jax.tree_util.Partial(metric) if jax.tree_util.all_leaves([metric]) else metric
 
 
+def where_read(metric: Metric, model: Any) -> tuple[Any, Metric] | None:
+    """`narrowed`; None also where all logits are made: something acts on them, or the model is not one of ours."""
+    return narrowed(metric) if type(getattr(model, "logits", None)) is Site else None
+
+
 def of_step(metric: Metric, model: Any, view: StepView, count: int) -> jax.Array:
     """[count, B] of a step of count * B rows; logits are made where the metric reads them alone, if it says where."""
-    narrow = narrowed(metric)
-    if narrow is None or type(getattr(model, "logits", None)) is not Site:  # edited there, or not one of ours
+    narrow = where_read(metric, model)
+    if narrow is None:
         return measured(metric, view.logits, count)
     prompts = len(view.hidden) // count
     positions_BN = jnp.broadcast_to(narrow[0], (prompts, narrow[0].shape[-1]))
@@ -190,12 +195,15 @@ def sweep(
     return values[:, 1 : count + 1] - base[:, None], base
 
 
-def that_fit(model: Any, run: Run, prompts: int, rows_at_once: int | None, more: int = 0) -> int:
+def that_fit(
+    model: Any, run: Run, prompts: int, rows_at_once: int | None, more: int = 0, metric: Metric | None = None
+) -> int:
     """How many interventions on this many prompts fit one call.
 
     Args:
         rows_at_once: as the user says; None estimates it from the free memory of the device.
         more: bytes that a row needs beside its cache, its logits and the usual intermediates.
+        metric: by which `of_step` measures, so that a row may need few logits; None for those of the whole canvas.
 
     Raises:
         ValueError: not even one fits.
@@ -205,7 +213,9 @@ def that_fit(model: Any, run: Run, prompts: int, rows_at_once: int | None, more:
         cache = sum(x.nbytes for x in jax.tree.leaves(run.moment.cache)) // len(run.ids)
         slots = config.canvas_length + max(entry.k.shape[2] for entry in run.moment.cache.layers)
         scores = 8 * config.num_heads * config.canvas_length * slots
-        row = cache + scores + 4 * config.canvas_length * (3 * config.vocab_size + 24 * config.embed_dim) + more
+        narrow = None if metric is None else where_read(metric, of(model))
+        read = config.canvas_length if narrow is None else narrow[0].shape[-1]
+        row = cache + scores + 4 * (3 * read * config.vocab_size + 24 * config.canvas_length * config.embed_dim) + more
         ways = meshes.ways(meshes.of(of(model)))  # each device has its share of the rows
         rows_at_once = max(prompts, min(_free() // row, 2048) * ways)
     if rows_at_once < prompts:

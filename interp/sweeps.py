@@ -191,7 +191,8 @@ class _Work:
 
     def _chunks(self, goal: Target) -> list[tuple[np.ndarray, np.ndarray]]:
         places = goal.places(self.numbers(goal))
-        most = that_fit(self.bundle, self.recipient, self.pairs, self.rows_at_once)
+        metric = self.metric if self.effect == "step" and "V" not in goal.axes else None  # at logits all are made
+        most = that_fit(self.bundle, self.recipient, self.pairs, self.rows_at_once, metric=metric)
         in_layer = len(places) // max(1, len(goal.layers))
         enough = in_layer * of(self.bundle).config.canvas_length >= BUSY and len(goal.layers) <= most
         if goal.kind == "site" and goal.layers and enough and in_layer < most:  # a layer a chunk: as few run as can

@@ -1,5 +1,7 @@
 """Metrics equal numpy, take numbers a row, are data to compiled functions, and refuse what they cannot measure."""
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -104,6 +106,19 @@ def test_a_step_is_measured_where_it_is_read(tiny, moment, metric):
     edited = interp.edit(tiny, "logits", interp.Scale(2.0), positions=[2])  # acts on positions of the whole canvas
     found, wanted = (run(metric, edited, moment) for run in (where_read, everywhere))
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_more_rows_fit_where_few_logits_are_made(tiny, moment, monkeypatch):
+    monkeypatch.setattr(rows, "_free", lambda: 20 << 20)
+    run = types.SimpleNamespace(ids=[0, 1], moment=moment)
+    whole, few = (rows.that_fit(tiny, run, 2, None, metric=m) for m in (None, interp.LogProb([1, 2], [3, 5])))
+    config = tiny.config
+    spared = 4 * 3 * (config.canvas_length - 2) * config.vocab_size
+    assert (20 << 20) // whole - (20 << 20) // few == pytest.approx(2 * spared, rel=0.1)
+    edited = interp.edit(tiny, "logits", interp.Scale(2.0))
+    every = [rows.that_fit(edited, run, 2, None, metric=interp.LogProb(1, 3)),
+             rows.that_fit(tiny, run, 2, None, metric=lambda logits: logits[:, 3].max(-1))]  # fmt: skip
+    assert every == [whole, whole] and few > whole
 
 
 def test_no_other_logits_are_made(tiny, moment):
