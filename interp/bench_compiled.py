@@ -79,6 +79,7 @@ def build(target: str, name: str, config: Any = None) -> tuple[Any, tuple, dict]
     own, begin, metric = (programs.laid(x, chip) for x in (change, begin, metric))
     leaves, tree = jax.tree.flatten(laid[0])
     given = (leaves, *laid[1:], settings, None, own, begin, metric)
+    # A sweep reads as many steps of the donor as `sweeps.READ` allows; here all rows, which is the most there can be.
     return sweeps._metric, given, {"tree": tree, "goal": goal, "pairs": 1, "read": ROWS}
 
 

@@ -271,7 +271,7 @@ def bfloat16_passes(bundle: dg.Bundle, kept: Kept) -> None:
         for reference, what in ((theirs, "bfloat16"), (exact, "float32")):
             for size, of in ((lambda x: np.sqrt(np.mean(x * x)), "rms"), (lambda x: np.abs(x).max(), "largest")):
                 ratio = size(ours - reference) / size(theirs - exact)
-                assert ratio <= 1.5, f"{name}: {of} distance from {what} is {ratio:.2f} times their own loss"
+                assert ratio <= 1.5, f"{name}: {of} distance from {what} logits is {ratio:.2f} of their own loss"
 
 
 CHECKS = (

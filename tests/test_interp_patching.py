@@ -89,6 +89,7 @@ def test_patterns_of_attention_fit_as_they_were_captured(model, pair, layer):
         interp.patching.step_logits(interp.edit(model, name, interp.Patch(few)), pair[0])
 
 
+@pytest.mark.heavy
 def test_one_step_or_all_that_follow(model, runs, pair):
     """With the donor's keys the recipient becomes the donor's run, if the donor is followed to the end."""
     recipient, donor = pair
