@@ -88,6 +88,11 @@ class Edit(Site):
                 value = value[step_B]
                 value = value.reshape(batch, *[1] * (x.ndim - value.ndim), *value.shape[1:])
         value = lead(value, x.ndim)
+        if self.axes.endswith("S") and value.shape[-1] not in (1, x.shape[-1]):  # not known before: a cache's room
+            raise ValueError(
+                f"{self.name} has {x.shape[-1]} keys here, the value {value.shape[-1]}: take one from a run with as "
+                "much room in its cache"
+            )
         axis = self.axes.find("T")
         if "positions" in context and axis > 0 and value.shape[axis] > 1 and not context.get("aligned"):
             # In prefill a value speaks of positions in the prompt; the pass may see any part of it, padded.

@@ -85,7 +85,7 @@ def test_patterns_of_attention_fit_as_they_were_captured(model, pair, layer):
     np.testing.assert_allclose(interp.patch(model, pair[0], pair[0], name).logits, found.plain_logits, atol=1e-6)
     assert np.abs(np.asarray(found.logits) - found.plain_logits).max() > 1e-4
     few = interp.capture_step(model, pair[1], name)[name][..., :-1]
-    with pytest.raises(ValueError, match="broadcast"):
+    with pytest.raises(ValueError, match=r"attn_pattern has \d+ keys here, the value \d+"):
         interp.patching.step_logits(interp.edit(model, name, interp.Patch(few)), pair[0])
 
 
