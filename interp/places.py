@@ -37,15 +37,18 @@ class Take(Edit):
         value: [B, ...] of the site's rank, of size one along the axes in which a row takes one place.
         on: [B] bool, the row acts here.
         at: by letter of an axis, [B, n] bool: where along it. In the prompt n counts positions.
+        zero: [B] int32, zeros that the compiler does not know.
         leave: called with what comes, before anything is taken; within one trace; static.
     """
 
     value: Any = nnx.data()
     on: Any = nnx.data()
     at: Any = nnx.data()
+    zero: Any = nnx.data()
     leave: Callable[[jax.Array], None] | None = None
 
     def apply(self, x: jax.Array) -> jax.Array:
+        x = self._rounded(x)
         if self.leave is not None:
             self.leave(x)
         context, batch = self.context or {}, x.shape[0]
@@ -58,6 +61,14 @@ class Take(Edit):
             where = where & mask_BN.reshape([n if i in (0, axis) else 1 for i, n in enumerate(x.shape)])
         value = jnp.broadcast_to(self.here(self.value, x), (batch, *x.shape[1:]))
         return jnp.where(where, value.astype(x.dtype), x)
+
+    def _rounded(self, x: jax.Array) -> jax.Array:
+        """The same numbers, which the compiler cannot keep unrounded on the way to a sum, as in a * b + c it does."""
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        bits = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+        zero = self.zero.astype(bits).reshape(-1, *[1] * (x.ndim - 1))
+        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, bits) ^ zero, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +186,8 @@ class Change:
 
     def take(self, axes: str, layer: int, value: Any, **settings: Any) -> Take:
         """The edit of one layer."""
-        return Take(value, self.layer == layer, self.at, axes=axes, **settings)
+        zero = jnp.minimum(self.layer, -1) + 1
+        return Take(value, self.layer == layer, self.at, zero, axes=axes, **settings)
 
 
 def change(

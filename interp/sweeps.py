@@ -25,11 +25,12 @@ import dgemma_jax as dg
 from dgemma_jax import progress
 from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import prompts as inputs
-from dgemma_jax.diffusion.generate import prefill_prompts
+from dgemma_jax.diffusion.generate import PREFILL_CHUNK, bucket, prefill_padded
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.sampler import State, denoise_step
 from dgemma_jax.nn.cache import KVCache
 from dgemma_jax.nn.functional import of
+from dgemma_jax.nn.transformer import Prefill
 from interp import donors, kept_chunks
 from interp.effect_maps import EffectMap
 from interp.gates import table
@@ -38,6 +39,7 @@ from interp.metrics import Metric
 from interp.places import Change, Target, change, changed, edited, targets
 from interp.rows import as_data, of_step, repeated, that_fit
 from interp.sweep_inputs import Run, check_metric, chosen, pairs, steps_of
+from interp.taps import FirstRows, tapped
 
 BUSY = 256  # tokens that keep a device busy
 READ = 1 << 28  # bytes of donors' values that one call gives, if more than one step of them
@@ -215,13 +217,13 @@ class _Work:
         size, acts = len(chunks[0][0]), np.concatenate([acts for _, acts in chunks])
         given = functools.lru_cache(1)(lambda step: self._given(goal, step))
         rows = functools.lru_cache(1)(lambda step: rows_of(self.recipient.at(step), size))
-        prompt = functools.lru_cache(1)(lambda chunk: self._prefilled(goal, chunks[chunk], given(0)))
+        prompt = functools.lru_cache(1)(lambda chunk: self._prefilled(goal, chunks[chunk], given(0), self.recipient))
         anew = self._beginning(goal)
         handed: dict[int, list[jax.Array]] = {}  # of one step, by the row that takes nothing
 
         def one(step: int, chunk: int) -> np.ndarray:
             if goal.kind == "prompt":
-                return self._measure(rows(step).replace(cache=prompt(chunk)))[0]
+                return self._measure(rows(step).replace(cache=prompt(chunk).cache))[0]
             begin = anew
             if chunk and step in handed:  # not if the first chunk was kept from an earlier call
                 begin = Beginning(_first(goal, *chunks[chunk]), handed[step])
@@ -250,6 +252,8 @@ class _Work:
             row = place % self._at_once(goal)
             own = slice(row * self.pairs, (row + 1) * self.pairs)
             values = {name: x[own] for name, x in self.of_donor(goal, place - row)[1].items()}
+        elif goal.kind == "prompt" and self._in_one_piece:
+            values = self._prompt_of_donor(goal)
         else:
             values = donors.carried(goal, moment, self.bundle)
         return donors.put(self.source, goal, values, moment, self.bundle, self.seed)
@@ -265,14 +269,24 @@ class _Work:
         size = sum(x.nbytes for x in self._nothing(goal).values())
         return min(count, max(1, READ // size)) if size else count
 
+    @property
+    def _in_one_piece(self) -> bool:
+        return bucket(max(map(len, self.recipient.ids))) <= PREFILL_CHUNK
+
+    def _prompt_of_donor(self, goal: Target) -> dict[str, np.ndarray]:
+        """What the donor has at sites of the prompt, [P, ...]."""
+        places, _ = self.chunks(goal)[0]
+        chunk = places, np.zeros(len(places), bool)
+        return jax.device_get(self._prefilled(goal, chunk, self._nothing(goal), self.donor).sites)
+
     def _nothing(self, goal: Target) -> dict[str, np.ndarray]:
-        """Zeros in place of what a run has at sites of the step."""
-        if goal.kind != "site":
+        """Zeros in place of what a run has at sites."""
+        if goal.kind not in ("site", "prompt"):
             return {}
         model, entries = of(self.bundle), self.recipient.moment.cache.layers
-        canvas = model.config.canvas_length
-        slots = entries[goal.layers[0]].k.shape[2] + canvas if goal.layers else 0
-        known = {"B": self.pairs, "T": canvas, "S": slots}
+        length = model.config.canvas_length if goal.kind == "site" else bucket(max(map(len, self.recipient.ids)))
+        slots = entries[goal.layers[0]].k.shape[2] + length if goal.layers else 0
+        known = {"B": self.pairs, "T": length, "S": slots}
         shape = [known.get(size, size) for size in goal.shape]
         zero = np.zeros((), model.dtype if goal.dtype == "compute" else goal.dtype)
         return dict.fromkeys(goal.sites, np.broadcast_to(zero, shape))
@@ -294,10 +308,14 @@ class _Work:
         whole[self.index["P" if goal.kind in ("prompt", "cache") else "T"]] = True
         return change(goal, *chunk, given, sizes, whole)
 
-    def _prefilled(self, goal: Target, chunk: tuple[np.ndarray, np.ndarray], given: Any) -> KVCache:
-        """The cache [n * P, ...] after a patched pass over the prompts."""
-        model = edited(goal, self._change(goal, chunk, given), of(self.bundle))
-        return prefill_prompts(model, self.recipient.ids * len(chunk[0]), self.recipient.moment.num_blocks)
+    def _prefilled(self, goal: Target, chunk: tuple[np.ndarray, np.ndarray], given: Any, run: Run) -> Prefill:
+        """A patched pass over the prompts: the cache [n * P, ...], and what comes to the sites before, [P, ...]."""
+        model = of(self.bundle)
+        if self._in_one_piece:
+            model, _ = tapped(model, goal.sites, phase="prefill", reduce=FirstRows(self.pairs))
+        room = max(map(len, run.ids)) + run.moment.num_blocks * model.config.canvas_length
+        model = edited(goal, self._change(goal, chunk, given), model)
+        return prefill_padded(model, run.ids * len(chunk[0]), room)
 
     def _beginning(self, goal: Target) -> Beginning | None:
         """All layers run, and say what they hand on; None where no later chunk could use that."""

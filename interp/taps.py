@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,16 @@ from interp.editing import put
 from interp.gates import table
 
 Reduce = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstRows:
+    """A reduction to the first rows; equal numbers of them share a program."""
+
+    count: int
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x[: self.count]
 
 
 @nnx.dataclass(eq=False)

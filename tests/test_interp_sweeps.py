@@ -1,5 +1,6 @@
 """Sweeps of patches: every place equals the patch by itself, nothing moves where nothing is put, one compile."""
 
+import dataclasses
 import functools
 import types
 
@@ -127,6 +128,17 @@ def test_so_it_is_at_every_kind_of_site(model, site, monkeypatch):
     monkeypatch.setattr(sweeps, "READ", 1)
     np.testing.assert_allclose(swept(model, site, metric=LARGE).flat(), first.flat(), **CLOSE)
     assert np.abs(same.flat()).max() <= 1e-6 * np.abs(same.base).min() and np.abs(first.flat()).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("site", "phase"), [("canvas_embed", "denoise"), ("token_embed", "prefill"), ("layers.*.attn_pattern", "prefill")]
+)
+def test_so_it_is_where_a_product_goes_into_a_sum(site, phase):
+    """Compiled into one operation, which rounds once; sqrt(D) is no power of two, with which nothing is rounded."""
+    model = build(dataclasses.replace(tiny(), embed_dim=24))
+    same = swept(model, site, clean=CORRUPT, metric=LARGE, phase=phase)
+    assert np.abs(same.base).min() > 10 and not same.flat().any()
+    assert np.abs(swept(model, site, metric=LARGE, phase=phase, source="zero").flat()).max() > 1e-3
 
 
 def weighed(tokens):
