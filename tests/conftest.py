@@ -41,10 +41,11 @@ def _forget_programs():
 @pytest.fixture(scope="session")
 def tiny():
     """A model of a few thousand random parameters: two sliding layers and a full one."""
-    from dgemma_jax.config import ModelConfig
-    from dgemma_jax.nn.transformer import initialize
+    from oracles import build
 
-    return initialize(ModelConfig.tiny())
+    from dgemma_jax.config import ModelConfig
+
+    return build(ModelConfig.tiny())
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +62,9 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def organism(tmp_path_factory):
     """Directory of an untrained tiny model that has the vocabulary of the embedded ones."""
+    from oracles import build
+
     import dgemma_jax as dg
-    from dgemma_jax.nn.transformer import initialize
     from dgemma_jax.text import Tokenizer
     from dgemma_jax.train import language
 
@@ -70,6 +72,6 @@ def organism(tmp_path_factory):
     language.write_tokenizer_files(directory)
     config = dg.ModelConfig.tiny(vocab_size=language.VOCAB_SIZE, layer_types=("sliding_attention", "full_attention"))
     sampler = dg.SamplerConfig(max_denoising_steps=6, eos_token_ids=config.eos_token_ids)
-    bundle = dg.Bundle(config, initialize(config), Tokenizer.from_directory(directory), sampler)
+    bundle = dg.Bundle(config, build(config), Tokenizer.from_directory(directory), sampler)
     dg.save(bundle, directory)
     return directory

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import oracles
 import pytest
 
 import dgemma_jax as dg
@@ -23,7 +24,7 @@ SIZES = dict(batch=2, context=48, chunk=12)
 
 @pytest.fixture(scope="module")
 def bundle():
-    return dg.Bundle(CONFIG, transformer.initialize(CONFIG, seed=1), sampler=SAMPLER)
+    return dg.Bundle(CONFIG, oracles.build(CONFIG, seed=1), sampler=SAMPLER)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,8 @@ def test_the_same_generation_without_tracing_the_model(bundle, directory, monkey
 def test_what_does_not_fit_is_named(bundle, directory):
     programs = dg.load_exported(directory)
     wide = dg.ModelConfig.tiny(layer_types=(SLIDING, FULL), sliding_window=6, canvas_length=8, expert_dim=8)
-    other = bundle.with_model(transformer.initialize(wide))
-    half = bundle.with_model(transformer.initialize(CONFIG, dtype="bfloat16"))
+    other = bundle.with_model(oracles.build(wide))
+    half = bundle.with_model(oracles.build(CONFIG, dtype="bfloat16"))
     cases = [
         (bundle, PROMPTS[:1], {}, "exported for 2 prompts a call, got 1"),
         (bundle, PROMPTS, dict(max_new_tokens=24), "25 tokens and 3 blocks of 8 exceed the exported context of 48"),

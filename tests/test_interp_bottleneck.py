@@ -24,7 +24,7 @@ SAMPLER = dg.SamplerConfig(max_denoising_steps=4, eos_token_ids=(1,), early_stop
 @pytest.fixture(scope="module")
 def model():
     sizes = dict(layer_types=("full_attention",), canvas_length=C, embed_dim=D, vocab_size=V, hidden_dim=16)
-    return transformer.initialize(dg.ModelConfig.tiny(**sizes))
+    return oracles.build(dg.ModelConfig.tiny(**sizes))
 
 
 def random_probs(vocab, rows=3, seed=0):

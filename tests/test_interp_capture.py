@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracles
 import pytest
 
 import dgemma_jax as dg
@@ -25,7 +26,7 @@ SITES = ["layers.*.resid_post", "soft_embed", "canvas", "layers.1.attn_pattern"]
 def model():
     kinds = ("sliding_attention", "full_attention")
     sizes = dict(layer_types=kinds, canvas_length=C, embed_dim=D, vocab_size=32, hidden_dim=16, sliding_window=4)
-    return transformer.initialize(dg.ModelConfig.tiny(**sizes))
+    return oracles.build(dg.ModelConfig.tiny(**sizes))
 
 
 @pytest.fixture(scope="module")

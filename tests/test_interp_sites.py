@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 from penzai import pz
@@ -68,7 +69,7 @@ def whole(model):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_closed_list_equals_the_tree(dtype):
-    model = transformer.initialize(ModelConfig.tiny(), dtype=dtype)
+    model = oracles.build(ModelConfig.tiny(), dtype=dtype)
     names = [name for name, _ in by_name(model)]
     assert len(names) == len(set(names))
     assert set(names) == closed_list(model.config) == set(interp.sites(model).names)
@@ -168,7 +169,7 @@ def test_every_site_is_in_the_computation(tiny):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_shapes_and_dtypes_are_those_seen(dtype):
-    model = transformer.initialize(ModelConfig.tiny(), dtype=dtype)
+    model = oracles.build(ModelConfig.tiny(), dtype=dtype)
     seen = {}
 
     class Recorder(Site):
@@ -199,7 +200,7 @@ def test_shapes_and_dtypes_are_those_seen(dtype):
 @pytest.mark.parametrize("form", ["auto", "blocks"])
 def test_unused_sites_are_free(monkeypatch, form):
     """The program is word for word that of a model which has the identity in place of every site."""
-    model = transformer.initialize(ModelConfig.tiny())
+    model = oracles.build(ModelConfig.tiny())
     model.moe = form
     bare = pz.select(model).at_instances_of(Site).set(Bare())
     tokens, canvas = prompt(model.config), jnp.zeros((B, model.config.canvas_length), jnp.int32)

@@ -208,8 +208,9 @@ def test_the_tree():
     assert model.layers[2].attention.v is None and model.layers[1].attention.v is not None
 
 
-def test_initial_weights_are_of_order_one(tiny):
+def test_initial_weights_are_of_order_one():
     """Every projection keeps the scale of its input: its rows have unit length on average."""
+    tiny = transformer.initialize(ModelConfig.tiny())
     assert jax.tree.structure(tiny) == jax.tree.structure(oracles.build(ModelConfig.tiny()))
     a, layer = tiny.layers[0].attention, tiny.layers[0]
     inputs = {"q": (a.q, (2,)), "o": (a.o, (1, 2)), "down": (layer.mlp.down, (1,)), "gate": (layer.mlp.gate, (1,)),
@@ -243,8 +244,8 @@ def test_who_calls_with_nonsense_is_told(model):
     full, other = kv.empty(CONFIG, 2, 4, jnp.float32), kv.empty(CONFIG, 1, 9, jnp.float32)
     sliding = oracles.build(ModelConfig.tiny(layer_types=(SLIDING,), sliding_window=9))
     cases = [
-        (lambda: dg.prefill(model, tokens[0]), r"tokens must be integers of shape \[B, T\], got int32 \(3,\)"),
-        (lambda: dg.prefill(model, tokens / 2), r"tokens must be integers of shape \[B, T\], got float32"),
+        (lambda: dg.prefill(model, tokens[0]), r"tokens must be integers of shape \[B, T\], got int\d+ \(3,\)"),
+        (lambda: dg.prefill(model, tokens / 2), r"tokens must be integers of shape \[B, T\], got float64"),
         (lambda: dg.prefill(model, tokens[:, :0]), r"tokens is empty: shape \(2, 0\); give at least one token for each row"),
         (lambda: dg.prefill(model, tokens + 96), r"tokens holds id 96; ids must be in 0..95"),
         (lambda: dg.prefill(model, tokens - 1), r"tokens holds id -1; ids must be in 0..95"),

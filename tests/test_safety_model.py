@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import oracles
 import pytest
 
 import dgemma_jax as dg
@@ -38,7 +39,7 @@ def watch(noise):
 @pytest.fixture(scope="module")
 def small(noise):
     config = dg.ModelConfig.tiny(vocab_size=noise.config.vocab_size, layer_types=("full_attention",))
-    return dg.Bundle(config, dg.nn.transformer.initialize(config), noise.tokenizer, noise.sampler)
+    return dg.Bundle(config, oracles.build(config), noise.tokenizer, noise.sampler)
 
 
 def _ids(bundle, texts):
@@ -254,10 +255,10 @@ def test_a_model_does_not_differ_from_itself(small):
     told = interp.compare_models(small, small, TEXTS).as_data()
     assert told["moved"] == told["routing"] == [0] and told["answers_changed"] == 0
     assert np.allclose(told["unlike"], 0, atol=1e-9)
-    other = small.with_model(dg.nn.transformer.initialize(small.config, 7))
+    other = small.with_model(oracles.build(small.config, 7))
     assert interp.compare_models(other, small, TEXTS).moved.min() > 0.1
     with pytest.raises(ValueError, match="differ in"):
-        interp.compare_models(small, dg.nn.transformer.initialize(dg.ModelConfig.tiny()), TEXTS)
+        interp.compare_models(small, oracles.build(dg.ModelConfig.tiny()), TEXTS)
 
 
 @pytest.mark.slow

@@ -214,7 +214,7 @@ def begin(
 
     cache = programs.prefill(model, ids, num_blocks)
     state = sampling.start(
-        noise.row_keys(np.array(seeds)), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), length, model
+        noise.row_keys(np.array(seeds)), np.zeros(rows, np.int32), np.zeros(rows, bool), length, model
     )
     if canvas is not None:
         state = state.replace(canvas=jnp.asarray(canvas))
@@ -274,11 +274,10 @@ def prefill_padded(model: Any, ids: Sequence[Sequence[int]], capacity: int) -> P
     tokens, valid = np.zeros((len(ids), padded), np.int32), np.zeros((len(ids), padded), bool)
     for row, prompt in enumerate(ids):
         tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, True
-    cache = meshes.empty_cache(model.config, len(ids), bucket(capacity), model.dtype, meshes.of(model))
-    return functional.prefill(model, tokens, valid, cache, chunk=PREFILL_CHUNK)
+    return functional.prefill(model, tokens, valid, cache_length=bucket(capacity), chunk=PREFILL_CHUNK)
 
 
-def append_block(model: Any, tokens: jax.Array, valid: np.ndarray, cache: KVCache) -> KVCache:
+def append_block(model: Any, tokens: np.ndarray, valid: np.ndarray, cache: KVCache) -> KVCache:
     """The cache with a committed block [B, C] added."""
     return functional.prefill(model, tokens, valid, cache).cache
 
@@ -343,9 +342,9 @@ def commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _next_block(model, moment, state, committed, history, ended, spent, append=append_block) -> Moment:
     """The moment before the first step of the next block: the committed block is appended to the cache."""
     valid = np.broadcast_to(~ended[:, None], committed.shape)
-    cache = append(model, jnp.asarray(committed), valid, moment.cache)
-    block = jnp.full_like(state.block, moment.block + 1)
-    fresh = sampling.start(state.keys, block, jnp.asarray(ended), committed.shape[1], model)
+    cache = append(model, committed, valid, moment.cache)
+    block = np.full(ended.shape, moment.block + 1, np.int32)
+    fresh = sampling.start(state.keys, block, ended, committed.shape[1], model)
     return dataclasses.replace(
         moment, state=fresh, cache=cache, pinned=None, history=history, ended=ended, spent=spent
     )  # fmt: skip

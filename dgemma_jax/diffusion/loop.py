@@ -68,7 +68,7 @@ def empty_buffers(
 
 @functools.partial(jax.jit, static_argnames=("record", "kept"))  # only the first block of a run traces the model here
 def _zeros(model, state, cache, sampler, pinned, *, record, kept) -> Buffers:
-    shapes = jax.eval_shape(functools.partial(_step, record=record), model, state, cache, sampler, pinned)[1]
+    _, shapes = _step.eval_shape(model, state, cache, sampler, pinned, record)  # as `body` calls it: one trace
     steps = {name: kept + 1 if name == "sites" else sampler.max_denoising_steps for name in shapes}
     zeros = {n: jax.tree.map(lambda s, n=n: jnp.zeros((steps[n], *s.shape), s.dtype), shapes[n]) for n in shapes}
     batch = state.canvas.shape[0]
@@ -117,7 +117,7 @@ def _while(model, state, cache, buffers, sampler, pinned, index, limit, least=No
 @functools.partial(jax.jit, static_argnames="record")
 def _once(model, state, cache, buffers, sampler, pinned, index, *, record):
     after, kept = _step(model, state, cache, sampler, pinned, record)
-    return index + 1, after, _write(buffers, index, kept)
+    return after, _write(buffers, index, kept)
 
 
 def compiled(
@@ -130,14 +130,15 @@ def compiled(
     With a `draft` function the loop returns to Python after every `every` steps; `limit` is data, so there is
     still one compile. `program` is the loop itself, if it comes from elsewhere.
     """
-    index = jnp.int32(first)
-    while int(index) < limit and not bool(state.done.all()):
-        stop = limit if draft is None else min(int(index) + every, limit)
-        index, state, buffers = program(
-            model, state, cache, buffers, sampler, pinned, index, jnp.int32(stop), record=record
+    index = first
+    while index < limit and not meshes.to_host(state.done).all():
+        stop = limit if draft is None else min(index + every, limit)
+        taken, state, buffers = program(
+            model, state, cache, buffers, sampler, pinned, np.int32(index), np.int32(stop), record=record
         )
+        index = int(taken)
         if draft is not None:
-            draft(state, buffers, int(index) - 1)
+            draft(state, buffers, index - 1)
     return state, buffers
 
 
@@ -149,9 +150,9 @@ def some(
     Returns:
         Steps taken, which are the first of the buffers; the state; the buffers.
     """
-    limit = jnp.int32(buffers["valid"].shape[0])
+    limit = np.int32(buffers["valid"].shape[0])
     index, state, buffers = _while(
-        model, state, cache, buffers, sampler, None, jnp.int32(0), limit, jnp.int32(least), record=record
+        model, state, cache, buffers, sampler, None, np.int32(0), limit, np.int32(least), record=record
     )
     return int(index), state, buffers
 
@@ -161,10 +162,11 @@ def python(
     *, first: int, limit: int, draft: Callable[[State, Buffers, int], None] | None = None, every: int = 1,
 ) -> tuple[State, Buffers]:  # fmt: skip
     """The twin of `compiled`: the same step called from Python, where anything may happen in between."""
-    index = jnp.int32(first)
-    while int(index) < limit and not bool(state.done.all()):
-        index, state, buffers = _once(model, state, cache, buffers, sampler, pinned, index, record=record)
-        is_last = int(index) >= limit or bool(state.done.all())
-        if draft is not None and (is_last or (int(index) - first) % every == 0):
-            draft(state, buffers, int(index) - 1)
+    index = first
+    while index < limit and not meshes.to_host(state.done).all():
+        state, buffers = _once(model, state, cache, buffers, sampler, pinned, np.int32(index), record=record)
+        index += 1
+        is_last = index >= limit or meshes.to_host(state.done).all()
+        if draft is not None and (is_last or (index - first) % every == 0):
+            draft(state, buffers, index - 1)
     return state, buffers

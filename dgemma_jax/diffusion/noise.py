@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgemma_jax.config import SamplerConfig
 
@@ -16,7 +17,10 @@ def temperature(step: jax.Array | int, sampler: SamplerConfig) -> jax.Array:
 
 def row_keys(seeds: jax.Array) -> jax.Array:
     """One random key a row, [B], from integer seeds [B]. Nothing else tells the rows of a batch apart."""
-    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    return _keys(seeds.astype(jnp.uint32) if isinstance(seeds, jax.Array) else np.asarray(seeds).astype(np.uint32))
+
+
+_keys = jax.jit(jax.vmap(jax.random.key), inline=True)
 
 
 def moment_keys(keys: jax.Array, block: jax.Array, moment: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ Entropy-bound acceptance: arXiv 2505.24857; the loop: `transformers` 5.23, gener
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -56,10 +57,16 @@ class State:
 
 def start(keys: jax.Array, block: jax.Array, ended: jax.Array, canvas_length: int, model: Any) -> State:
     """The state before the first step of a block: a uniform canvas and S = 0. `ended` rows take no part."""
+    sizes = model.config.vocab_size, model.config.embed_dim
+    return _start(keys, block, ended, canvas_length, *sizes, model.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=range(3, 7), inline=True)
+def _start(keys, block, ended, canvas_length, vocab_size, width, dtype) -> State:
     batch = keys.shape[0]
     zero = jnp.zeros((batch,), jnp.int32)
-    canvas = noise.uniform_canvas(noise.moment_keys(keys, block, zero), canvas_length, model.config.vocab_size)
-    soft = jnp.zeros((batch, canvas_length, model.config.embed_dim), model.dtype)
+    canvas = noise.uniform_canvas(noise.moment_keys(keys, block, zero), canvas_length, vocab_size)
+    soft = jnp.zeros((batch, canvas_length, width), dtype)
     return State(canvas, soft, jnp.full_like(canvas, -1), zero, zero, block, ended, zero, keys)
 
 

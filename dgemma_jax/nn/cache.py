@@ -8,6 +8,7 @@ have their own lengths; what lies beyond a row's length is never visible.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -48,6 +49,7 @@ def num_slots(config: ModelConfig, layer: int, capacity: int) -> int:
     return min(config.sliding_window - 1, capacity) if config.is_sliding(layer) else capacity
 
 
+@functools.partial(jax.jit, static_argnums=range(4), inline=True)  # one small program instead of one an array
 def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
     """A cache for `capacity` tokens a row, nothing in it."""
     layers = []

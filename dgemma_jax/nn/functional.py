@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgemma_jax.nn import cache as kv
-from dgemma_jax.nn import sites
+from dgemma_jax.nn import meshes, sites
 from dgemma_jax.nn.transformer import Prefill, Transformer
 
 
@@ -53,6 +54,21 @@ def _soft_embed(model: Transformer, shaped: jax.Array) -> jax.Array:
     return _at_first_step(model, shaped.shape[0]).soft_embed(probs)
 
 
+def _held(x: Any) -> Any:
+    """An array on the device as it is, and others on the host, where to look at them compiles nothing."""
+    return x if isinstance(x, jax.Array) else np.asarray(x)
+
+
+@jax.jit
+def _copy(cache: kv.KVCache) -> kv.KVCache:
+    return jax.tree.map(jnp.copy, cache)
+
+
+@jax.jit
+def _tokens_held(length_B: jax.Array, valid_BT: jax.Array) -> jax.Array:
+    return length_B + valid_BT.sum(1)
+
+
 def check_tokens(tokens: jax.Array, vocab_size: int, name: str = "tokens") -> None:
     """Raise a ValueError unless `tokens` is a rank-2 integer array inside the vocabulary."""
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -87,10 +103,10 @@ def prefill(
         ValueError: ids outside the vocabulary, a row without valid token, a cache too small.
     """
     model = of(model)
-    tokens = jnp.asarray(tokens)
+    tokens = _held(tokens)
     check_tokens(tokens, model.config.vocab_size)
     batch, length = tokens.shape
-    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    valid = np.ones(tokens.shape, bool) if valid is None else _held(valid).astype(bool)
     if valid.shape != tokens.shape:
         raise ValueError(f"valid has shape {valid.shape}, tokens {tokens.shape}; they must be equal")
     if chunk is not None and chunk < 1:
@@ -98,14 +114,13 @@ def prefill(
     given = cache is not None
     if not given:
         capacity = length + model.config.canvas_length if cache_length is None else cache_length
-        cache = kv.empty(model.config, batch, capacity, model.dtype)
+        cache = meshes.empty_cache(model.config, batch, capacity, model.dtype, meshes.of(model))
     elif cache_length is not None:
         raise ValueError("give either cache or cache_length, not both")
     if cache.length.shape != (batch,):
         raise ValueError(f"the cache holds {cache.length.shape[0]} rows, tokens has {batch}")
-    if not isinstance(tokens, jax.core.Tracer) and not isinstance(cache.length, jax.core.Tracer):
-        counts = valid.sum(1)
-        held = cache.length + counts
+    if not any(isinstance(x, jax.core.Tracer) for x in (tokens, valid, cache.length)):
+        held = meshes.to_host(_tokens_held(cache.length, valid)) if given else valid.sum(1)
         if int(held.min()) == 0:
             raise ValueError(f"row {int(held.argmin())} has no valid token; give at least one for each row")
         slots = [e.k.shape[2] for e in cache.layers]
@@ -121,7 +136,7 @@ def prefill(
                 f"{needed} tokens exceed the context of {model.config.max_position_embeddings}; shorten the prompt"
             )
     if given:  # each piece writes over the cache it gets; the caller's stays
-        cache = jax.tree.map(jnp.copy, cache)
+        cache = _copy(cache)
     pieces = [slice(i, i + (chunk or length)) for i in range(0, length, chunk or length)]
     hidden = []
     for piece in pieces:

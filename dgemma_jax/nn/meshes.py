@@ -65,10 +65,11 @@ def by_rows(fn: Callable[..., Any], mesh: Mesh | None, whole: Any = ()) -> Calla
     return run
 
 
+@functools.partial(jax.jit, static_argnums=range(5), inline=True)
 def empty_cache(config: ModelConfig, batch: int, capacity: int, dtype: Any, mesh: Mesh | None) -> kv.KVCache:
     """`nn.cache.empty`, made where it will lie."""
-    make = functools.partial(kv.empty, config, batch, capacity, dtype)
-    return make() if mesh is None else jax.jit(make, out_shardings=cache_shardings(jax.eval_shape(make), mesh))()
+    cache = kv.empty(config, batch, capacity, dtype)
+    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, cache_shardings(cache, mesh))
 
 
 def cache_shardings(cache: kv.KVCache, mesh: Mesh) -> kv.KVCache:
