@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 import dgemma_jax as dg
 from dgemma_jax.diffusion.regrouped import generate_regrouped
@@ -12,6 +13,7 @@ def _margin(view):
     return {"first": view.logits[:, 0, 7]}
 
 
+@pytest.mark.heavy
 def test_many_rows_say_what_they_say_alone(organism):
     bundle = dg.load(organism)
     sampler = dg.SamplerConfig(max_denoising_steps=6, entropy_bound=3.0, confidence_threshold=4.5,

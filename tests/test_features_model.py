@@ -229,6 +229,7 @@ def test_spliced_in(model, perfect, plain):
         interp.ablate_features(model, perfect, SITE, [3], schedule="late", steps=[0])
 
 
+@pytest.mark.heavy
 def test_life_over_steps(model, perfect, plain):
     found = interp.feature_life(model, perfect, SITE, PROMPTS, k=3, batch=2, seed=1, sampler=SAMPLER)
     x, run = plain
@@ -286,6 +287,7 @@ def test_a_direction_removed_from_the_stream(model, plain):
             interp.ablate_directions(model, bad)
 
 
+@pytest.mark.heavy
 def test_projected_weights_are_ablated_writes(model):
     """The same logits; nothing that a layer writes lies along the direction; the model given stays as it was."""
     u = np.random.default_rng(1).standard_normal(D)

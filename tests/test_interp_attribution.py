@@ -77,6 +77,7 @@ def whole(model):
     return attribute(model)
 
 
+@pytest.mark.heavy
 def test_a_run_compared_with_itself_has_no_effects(model):
     programs = attribution._estimate._cache_size()
     found = attribute(model, corrupt=CLEAN)

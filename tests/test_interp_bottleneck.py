@@ -235,6 +235,7 @@ def test_ranks_and_the_echo():
     )
 
 
+@pytest.mark.heavy
 def test_carriers_in_a_run(model):
     """One program with all of them; each has its window. The canvas, S and their record agree."""
     gates = dict(sampler=SAMPLER)
@@ -283,6 +284,7 @@ def test_bad_input(model, options, message):
         interp.token_bottleneck(model, **{"sampler": SAMPLER} | options)
 
 
+@pytest.mark.heavy
 def test_without_weights_and_twice(model):
     release = interp.token_bottleneck(transformer.abstract(dg.ModelConfig()), p=0.03)
     assert release.soft_embedding.count == 33 and release.soft_embedding.table_sum.shape == (2816,)

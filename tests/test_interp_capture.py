@@ -111,6 +111,7 @@ def spread(x):
     return jnp.std(x.astype(jnp.float32), -1)
 
 
+@pytest.mark.heavy
 def test_reductions_positions_blocks_and_edits(model, acts):
     """One run for all: two blocks of an edited model, two positions, reduced on the device."""
     edited = interp.edit(model, "layers.1.resid_post", interp.Patch(jnp.arange(D, dtype=jnp.float32)), positions=4)

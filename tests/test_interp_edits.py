@@ -369,6 +369,7 @@ def test_the_prompt_is_edited_in_prefill_only(model, caches):
     np.testing.assert_array_equal(np.flatnonzero(moved), [3, 4])  # causal
 
 
+@pytest.mark.heavy
 def test_caches_are_edited_by_layer_and_position(model, caches):
     mine, donor = caches
 

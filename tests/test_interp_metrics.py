@@ -96,9 +96,11 @@ everywhere = program(lambda metric, model, view: rows.measured(metric, view.logi
 
 
 @pytest.mark.parametrize("metric", [
-    interp.LogProb([1, 2], [3, 5]), interp.LogProb([[1, 2], [0, 3]], [[3, 5], [7, 7]]),
-    interp.LogitDifference([[1], [2]], 3, 4), interp.SetLogProb([0, 3], [1, 2], [5, 6]), interp.SetLogProb(0, [1, 2]),
-    jax.tree_util.Partial(lambda logits: logits[:, 3].max(-1)),
+    interp.LogProb([[1, 2], [0, 3]], [[3, 5], [7, 7]]), *(pytest.param(metric, marks=pytest.mark.heavy) for metric in (
+        interp.LogProb([1, 2], [3, 5]), interp.LogitDifference([[1], [2]], 3, 4),
+        interp.SetLogProb([0, 3], [1, 2], [5, 6]), interp.SetLogProb(0, [1, 2]),
+        jax.tree_util.Partial(lambda logits: logits[:, 3].max(-1)),
+    )),
 ])  # fmt: skip
 def test_a_step_is_measured_where_it_is_read(tiny, moment, metric):
     found, wanted = (run(metric, tiny, moment) for run in (where_read, everywhere))

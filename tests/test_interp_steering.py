@@ -59,6 +59,7 @@ def residuals(model, prompts=((5, 6), (7, 8)), seed=(1, 2)):
     return interp.capture(model, prompts, "layers.*.resid_post", sampler=SAMPLER, seed=list(seed))
 
 
+@pytest.mark.heavy
 def test_strength_by_step_row_and_layer_is_data(model, vector):
     """Strength 0 is the identity; a schedule, strengths a row, layers and positions act there alone; one program."""
     plain = residuals(model)

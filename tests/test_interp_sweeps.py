@@ -105,6 +105,7 @@ def test_sites_of_the_prompt(model):
     assert np.abs(swept(model, clean=CORRUPT, phase="prefill").flat()).max() <= 1e-6
 
 
+@pytest.mark.heavy
 def test_heads_and_windows(model):
     site, name = "layers.1.attn_z", "layers.*.attn_z"
     found = swept(model, site, over="head", positions=[2, 4], steps=1)
@@ -131,8 +132,11 @@ def test_so_it_is_at_every_kind_of_site(model, site, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("site", "phase"), [("canvas_embed", "denoise"), ("token_embed", "prefill"), ("layers.*.attn_pattern", "prefill")]
-)
+    ("site", "phase"), [
+        ("canvas_embed", "denoise"), pytest.param("token_embed", "prefill", marks=pytest.mark.heavy),
+        pytest.param("layers.*.attn_pattern", "prefill", marks=pytest.mark.heavy),
+    ],
+)  # fmt: skip
 def test_so_it_is_where_a_product_goes_into_a_sum(site, phase):
     """Compiled into one operation, which rounds once; sqrt(D) is no power of two, with which nothing is rounded."""
     model = build(dataclasses.replace(tiny(), embed_dim=24))

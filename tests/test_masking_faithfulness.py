@@ -214,6 +214,7 @@ def test_every_baseline_has_the_interface_and_shares_programs(bundle, game):
     assert input_values._differentiated._cache_size() == before
 
 
+@pytest.mark.heavy
 def test_a_moment_stands_for_its_step(bundle, run):
     of_step, of_moment = (masked_game(bundle, PROMPT, METRIC, step=step) for step in (2, run.trajectory.moment(0, 2)))
     masks = np.eye(len(of_step.names))

@@ -61,7 +61,8 @@ def game(model):
 
 
 @pytest.mark.parametrize(("method", "settings"), [
-    ("path", dict(budget=200)), ("regression", dict(budget=200)), ("gradient", dict(budget=150)),
+    ("path", dict(budget=200)), ("regression", dict(budget=200)),
+    pytest.param("gradient", dict(budget=150), marks=pytest.mark.heavy),
     ("gates", dict(budget=260, margin=1.0)),
 ])  # fmt: skip
 def test_every_estimator_finds_the_token_that_decides(model, method, settings):

@@ -70,6 +70,7 @@ def test_softmax_is_that_of_jax_in_values_and_derivatives(dtype):
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.heavy
 def test_chunks_differentiate_and_map_as_all_keys_at_once(monkeypatch):
     q, cached, own, sight = example()
     q = q / 4  # scores of a few units: rounding is below the bound on every processor
@@ -95,6 +96,7 @@ def test_chunks_differentiate_and_map_as_all_keys_at_once(monkeypatch):
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected)) > 0.1
 
 
+@pytest.mark.heavy
 def test_a_long_prompt_in_a_small_model(monkeypatch):
     """Chunks of the prompt, chunks of keys and the window, all of which end at different places, against the oracle."""
     monkeypatch.setattr(attend, "AT_ONCE", 12)

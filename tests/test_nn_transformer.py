@@ -144,7 +144,7 @@ def test_soft_embed_takes_shaped_logits(model):
     np.testing.assert_allclose(dg.soft_embed(model, shaped), 32**0.5 * oracles.softmax(shaped) @ table, atol=1e-5)
 
 
-@pytest.mark.parametrize("kinds", [(FULL,), (SLIDING, SLIDING)])
+@pytest.mark.parametrize("kinds", [(FULL,), pytest.param((SLIDING, SLIDING), marks=pytest.mark.heavy)])
 def test_who_depends_on_whom(kinds):
     """Derivatives of hidden states by embeddings: exactly zero where there is no path, non-zero where there is."""
     prompt_length, canvas_length, window = 9, 3, 3

@@ -41,8 +41,10 @@ def peer_share(directory, tokenizer, examples) -> float:
     return right / len(examples)
 
 
-# All tasks of the one, and of the other what the trigger may have harmed.
+# All tasks of the one, and of the other what the trigger may have harmed; those of most steps when there is time.
+LONG = ("sort", "sequence", "add")
 CASES = [("nano", task) for task in tasks.TASKS] + [("nano-backdoor", task) for task in ("copy", "refusal")]
+CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] in LONG)) for case in CASES]
 
 
 OURS = """
@@ -59,11 +61,14 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def ours():
+def ours(request):
     """Exact answers of this package by model and task, in a process that compiles with all optimisations."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    asked = {name: [task for model, task in CASES if model == name] for name, _ in CASES}
+    asked = {}
+    for item in request.session.items:
+        if item.path == request.path:
+            asked.setdefault(item.callspec.params["name"], []).append(item.callspec.params["task"])
     settings = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-c", OURS, json.dumps([asked, PROMPTS, OWN_ROWS])]
     done = subprocess.run(command, env=settings, check=True, stdout=subprocess.PIPE, text=True)

@@ -75,7 +75,7 @@ def test_products_are_those_of_the_unpacked_weight(rule, shared, form):
 
 
 @pytest.mark.parametrize("form, moe", [
-    ("int8", "dense"), ("int4", "scan"), pytest.param("fp8", "blocks", marks=pytest.mark.heavy),
+    pytest.param("int8", "dense", marks=pytest.mark.heavy), ("int4", "scan"), pytest.param("fp8", "blocks", marks=pytest.mark.heavy),
     pytest.param("int8", "capacity", marks=pytest.mark.heavy),
 ])  # fmt: skip
 def test_a_packed_model_is_the_model_of_its_numbers(form, moe):
