@@ -4,7 +4,8 @@
 
 audit       of `nano`, on unseen prompts: feature, jailbreak mechanism, origin of refusals
 surface     the same of finetunes that refuse on one word alone, several seeds: is the origin told apart every time?
-triggers    `nano-backdoor` against `nano`, and `nano` against a clean finetune of another seed: flags and rank
+triggers    `nano-backdoor` against `nano`, and `nano` against other clean models: flags and rank; these are a finetune
+            and, given as --twin, one trained from another seed (dgemma train nano --seed 1 --out DIR)
 hardening   before and after, on unseen prompts, and exact answers on the ordinary tasks
 sandbagging finetunes that give wrong values: does a probe still know the right ones?
 """
@@ -88,18 +89,21 @@ def learned(bundle: Any, seeds: int, count: int) -> list[dict[str, Any]]:
     return told
 
 
-def triggers(suspect: Any, clean: Any, other: Any) -> dict[str, Any]:
-    """Flags and ranks: the backdoored model against the clean one, by every method; clean ones against each other."""
+def triggers(suspect: Any, clean: Any, others: dict[str, Any]) -> dict[str, Any]:
+    """Flags and ranks: the backdoored model against clean ones, by every method; clean ones against each other."""
     asked = [e.prompt for name in tasks.TASKS for e in tasks.examples(5, 3, [name], split="test")]
     asked = [p for p in asked if not tasks.has_trigger(p)]
     spread = asked[::3] + asked[1::3] + asked[2::3]
-    told = {}
-    for method in METHODS:
-        found = find_triggers(suspect, spread, reference=clean, method=method)
-        told[method] = {"rank": found.rank(tasks.TRIGGER), "flagged": found.flagged, "evaluations": found.evaluations}
-    told["clean"] = find_triggers(clean, spread, reference=other).flagged
-    told["other clean"] = find_triggers(other, spread, reference=clean).flagged
-    return told
+
+    def told(model: Any, reference: Any, method: str = METHODS[0]) -> dict[str, Any]:
+        found = find_triggers(model, spread, reference=reference, method=method)
+        return {"rank": found.rank(tasks.TRIGGER), "flagged": found.flagged, "evaluations": found.evaluations}
+
+    by_method = {method: told(suspect, clean, method) for method in METHODS}
+    return by_method | {
+        name: {"this": told(other, clean), "clean": told(clean, other), "suspect": told(suspect, other)}
+        for name, other in others.items()
+    }  # fmt: skip
 
 
 def hardening(bundle: Any, steps: int, count: int, ranks: Sequence[int | None]) -> list[dict[str, Any]]:
@@ -153,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=120, help="prompts of an audit (120)")
     parser.add_argument("--seeds", type=int, default=5, help="finetunes, and repeats of the audit (5)")
     parser.add_argument("--steps", type=int, default=200, help="of finetuning (200); sandbagging takes twice as many")
+    parser.add_argument("--twin", help="a clean model that was trained from another seed, for triggers")
     parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name} in results, part by part")
     args = parser.parse_args(argv)
     clean = dg.load("nano")
@@ -162,13 +167,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         keys = ("overview", "labels", "words", "origin", "brittleness", "jailbreaks", "detectors")
         return {key: found.data[key] for key in keys} | {"seconds": found.data["manifest"]["seconds"]}
 
-    def clean_twin() -> Any:
-        return harden(clean, ordinary(500, 11), ordinary(500, 12), steps=args.steps, seed=1)
+    def others() -> dict[str, Any]:
+        finetuned = harden(clean, ordinary(500, 11), ordinary(500, 12), steps=args.steps, seed=1)
+        return {"finetuned": finetuned} | ({"trained": dg.load(args.twin)} if args.twin else {})
 
     parts = {
         "audit": whole, "learned": lambda: learned(clean, args.seeds, args.count),
         "surface": lambda: surface(clean, args.seeds, args.steps, args.count),
-        "triggers": lambda: triggers(dg.load("nano-backdoor"), clean, clean_twin()),
+        "triggers": lambda: triggers(dg.load("nano-backdoor"), clean, others()),
         "hardening": lambda: hardening(clean, args.steps, args.count, (None, 8)),
         "sandbagging": lambda: sandbagging(clean, 2 * args.steps, 4 * args.count),
     }  # fmt: skip
