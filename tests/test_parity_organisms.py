@@ -41,10 +41,10 @@ def peer_share(directory, tokenizer, examples) -> float:
     return right / len(examples)
 
 
-# All tasks of the one, and of the other what the trigger may have harmed; those of most steps when there is time.
-LONG = ("sort", "sequence", "add")
+# All tasks of the one, and of the other what the trigger may have harmed; most of them when there is time.
+FIRST = ("recall", "refusal")
 CASES = [("nano", task) for task in tasks.TASKS] + [("nano-backdoor", task) for task in ("copy", "refusal")]
-CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] in LONG)) for case in CASES]
+CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] not in FIRST)) for case in CASES]
 
 
 OURS = """
