@@ -24,10 +24,11 @@ from interp import surgery
 from interp.cache_edits import edit_cache
 from interp.captures import capture_prompt
 from interp.editing import edit, remove
-from interp.edits import Patch
+from interp.edits import Add, Patch
 from interp.metrics import Metric
 from interp.taps import capture_step, tapped
 
+ROUNDED = ("canvas_embed", "token_embed")  # products; one that nothing looks at may go into the next sum unrounded
 CARRIERS = {"canvas": "canvas", "soft": "soft_embed"}  # and the site through which each is handed to the next step
 
 
@@ -38,12 +39,14 @@ class Patched:
     Attributes:
         bundle, moment: with the patch; another patch, or any edit, may be put on top.
         plain_bundle, plain_moment: without.
+        baseline: a bundle and a moment without, which round where the patch does.
     """
 
     bundle: Any
     moment: Moment
     plain_bundle: Any
     plain_moment: Moment
+    baseline: tuple[Any, Moment]
 
     @functools.cached_property
     def logits(self) -> jax.Array:
@@ -53,7 +56,7 @@ class Patched:
     @functools.cached_property
     def plain_logits(self) -> jax.Array:
         """[B, C, V] of the same step without the patch."""
-        return step_logits(self.plain_bundle, self.plain_moment)
+        return step_logits(*self.baseline)
 
     def effect(self, metric: Metric) -> np.ndarray:
         """[B] metric of the patched step - of the step without, from logits [B, C, V]."""
@@ -109,11 +112,13 @@ def patch(
             raise ValueError(f"{name} cannot be chosen: a patch acts from the recipient's moment on")
     source = bundle if donor_bundle is None else donor_bundle
     if phase == "prefill":
-        return Patched(bundle, _prompt(bundle, recipient, donor, pattern, source, where), bundle, recipient)
+        moment, plain = _prompt(bundle, recipient, donor, pattern, source, where)
+        return Patched(bundle, moment, bundle, recipient, (bundle, plain))
     if phase != "denoise":
         raise ValueError(f"phase must be 'denoise' or 'prefill', got {phase!r}")
     if pattern == "cache":
-        return Patched(bundle, edit_cache(recipient, Patch(donor), **where), bundle, recipient)
+        moment = edit_cache(recipient, Patch(donor), **where)
+        return Patched(bundle, moment, bundle, recipient, (bundle, recipient))
     edited, moment = bundle, recipient
     span: Any = slice(recipient.step, None) if persistent else recipient.step
     sampler, gate = recipient.sampler, {"blocks": recipient.block, **where}
@@ -132,7 +137,8 @@ def patch(
         edited = edit(bundle, pattern, Patch(values), steps=span, per_step=True, sampler=sampler, **gate)
     else:
         edited = edit(bundle, pattern, Patch(capture_step(source, donor, pattern)), steps=span, sampler=sampler, **gate)
-    return Patched(edited, moment, bundle, recipient)
+    plain = bundle if pattern in CARRIERS else _rounded(bundle, pattern, "denoise")
+    return Patched(edited, moment, bundle, recipient, (plain, recipient))
 
 
 def step_logits(bundle: Any, moment: Moment) -> jax.Array:
@@ -158,8 +164,16 @@ def _check(recipient: Moment, donor: Moment, bundle: Any) -> None:
         raise ValueError(f"S has width {recipient.soft.shape[-1]} and {donor.soft.shape[-1]}; the model needs {width}")
 
 
-def _prompt(bundle, recipient, donor, pattern, source, where) -> Moment:
-    """The recipient's moment on the cache of a patched pass over its prompts."""
+def _rounded(bundle: Any, pattern: str, phase: str) -> Any:
+    """The model with nothing added where the pattern has a product: it is rounded before anything else is added."""
+    for info in surgery.sites(of(bundle)).matching(pattern):
+        if info.name in ROUNDED:
+            bundle = edit(bundle, info.name, Add(np.zeros(of(bundle).config.embed_dim)), phase=phase)
+    return bundle
+
+
+def _prompt(bundle, recipient, donor, pattern, source, where) -> tuple[Moment, Moment]:
+    """The recipient's moment on the cache of a patched pass over its prompts, and on that of a pass without."""
     lengths = [list(map(len, moment.prompts)) for moment in (recipient, donor)]
     if lengths[0] != lengths[1]:
         raise ValueError(f"prompts of {lengths[0]} and {lengths[1]} tokens: they must be of equal length")
@@ -167,7 +181,12 @@ def _prompt(bundle, recipient, donor, pattern, source, where) -> Moment:
         raise ValueError("sites of the prompt pass are patched in block 0: later blocks have a cache of their own")
     values = capture_prompt(source, donor.prompts, pattern).arrays
     edited = edit(bundle, pattern, Patch(dict(values)), phase="prefill", **where)
-    return recipient.replace(cache=prefill_prompts(of(edited), recipient.prompts, recipient.num_blocks))
+    plain = _rounded(bundle, pattern, "prefill")
+
+    def moment(model: Any) -> Moment:
+        return recipient.replace(cache=prefill_prompts(of(model), recipient.prompts, recipient.num_blocks))
+
+    return moment(edited), recipient if plain is bundle else moment(plain)
 
 
 def _later(out: dg.Generation, recipient: Moment, donor: Moment) -> Any:

@@ -46,6 +46,17 @@ def test_a_run_patched_with_itself_is_itself(model, runs, pair):
     np.testing.assert_array_equal(patched.finished.tokens, runs[0].tokens)
 
 
+@pytest.mark.parametrize(("site", "phase"), [("canvas_embed", "denoise"), ("token_embed", "prefill")])
+def test_so_it_is_where_a_product_goes_into_a_sum(site, phase):
+    """sqrt(D) is no power of two here, with which nothing would be rounded."""
+    model = build(dg.ModelConfig.tiny(canvas_length=C, embed_dim=24, layer_types=("full_attention",)), sharpness=20)
+    out = dg.generate(model, RECIPIENTS, sampler=SAMPLER, max_new_tokens=C, record=dg.Record.nothing())
+    moment = out.trajectory.moment(0, 1)
+    same = interp.patch(model, moment, moment, site, phase=phase)
+    np.testing.assert_array_equal(same.logits, same.plain_logits)
+    assert np.abs(same.logits).max() > 10
+
+
 def test_all_carriers_together_are_the_donor(model, pair):
     """One on top of the other; each alone is not enough."""
     recipient, donor = pair
