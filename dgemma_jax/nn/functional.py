@@ -54,7 +54,7 @@ def _soft_embed(model: Transformer, shaped: jax.Array) -> jax.Array:
     return _at_first_step(model, shaped.shape[0]).soft_embed(probs)
 
 
-def _held(x: Any) -> Any:
+def _as_given(x: Any) -> Any:
     """An array on the device as it is, and others on the host, where to look at them compiles nothing."""
     return x if isinstance(x, jax.Array) else np.asarray(x)
 
@@ -103,10 +103,10 @@ def prefill(
         ValueError: ids outside the vocabulary, a row without valid token, a cache too small.
     """
     model = of(model)
-    tokens = _held(tokens)
+    tokens = _as_given(tokens)
     check_tokens(tokens, model.config.vocab_size)
     batch, length = tokens.shape
-    valid = np.ones(tokens.shape, bool) if valid is None else _held(valid).astype(bool)
+    valid = np.ones(tokens.shape, bool) if valid is None else _as_given(valid).astype(bool)
     if valid.shape != tokens.shape:
         raise ValueError(f"valid has shape {valid.shape}, tokens {tokens.shape}; they must be equal")
     if chunk is not None and chunk < 1:
