@@ -26,9 +26,9 @@ from interp.captures import capture_prompt
 from interp.editing import edit, remove
 from interp.edits import Add, Patch
 from interp.metrics import Metric
+from interp.places import ROUNDED
 from interp.taps import capture_step, tapped
 
-ROUNDED = ("canvas_embed", "token_embed")  # products; one that nothing looks at may go into the next sum unrounded
 CARRIERS = {"canvas": "canvas", "soft": "soft_embed"}  # and the site through which each is handed to the next step
 
 

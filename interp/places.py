@@ -24,6 +24,7 @@ from interp import surgery
 from interp.editing import put
 from interp.edits import Edit
 
+ROUNDED = ("canvas_embed", "token_embed")  # products; one that nothing looks at may go into the next sum unrounded
 Leave = Callable[[str, jax.Array], None]
 OVER = {"position": "T", "head": "NK", "expert": "E"}
 _HANDED_ON = {"canvas": "canvas", "soft_embed": "soft", "soft_probs": "soft"}  # sites behind the logits; carriers
@@ -48,7 +49,8 @@ class Take(Edit):
     leave: Callable[[jax.Array], None] | None = None
 
     def apply(self, x: jax.Array) -> jax.Array:
-        x = self._rounded(x)
+        if self.phase == "prefill" or self.name in ROUNDED:
+            x = self._rounded(x)
         if self.leave is not None:
             self.leave(x)
         context, batch = self.context or {}, x.shape[0]
@@ -63,7 +65,7 @@ class Take(Edit):
         return jnp.where(where, value.astype(x.dtype), x)
 
     def _rounded(self, x: jax.Array) -> jax.Array:
-        """The same numbers, which the compiler cannot keep unrounded on the way to a sum, as in a * b + c it does."""
+        """The same numbers, which the compiler cannot keep unrounded on the way to a sum. Not free: only where needed."""
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         bits = jnp.dtype(f"int{8 * x.dtype.itemsize}")
