@@ -65,7 +65,7 @@ class Take(Edit):
         return jnp.where(where, value.astype(x.dtype), x)
 
     def _rounded(self, x: jax.Array) -> jax.Array:
-        """The same numbers; the compiler cannot keep them unrounded on the way to a sum. Not free: where needed only."""
+        """The same numbers, rounded: the compiler cannot carry a product on to the next sum as it is. It costs time."""
         if not jnp.issubdtype(x.dtype, jnp.floating):
             return x
         bits = jnp.dtype(f"int{8 * x.dtype.itemsize}")
