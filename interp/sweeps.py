@@ -270,8 +270,14 @@ class _Work:
         return min(count, max(1, READ // size)) if size else count
 
     @property
+    def _prompt_length(self) -> int:
+        """Tokens of the padded prompts."""
+        return bucket(max(map(len, self.recipient.ids)))
+
+    @property
     def _in_one_piece(self) -> bool:
-        return bucket(max(map(len, self.recipient.ids))) <= PREFILL_CHUNK
+        """Whether one pass runs the prompts; sites of several cannot be read."""
+        return self._prompt_length <= PREFILL_CHUNK
 
     def _prompt_of_donor(self, goal: Target) -> dict[str, np.ndarray]:
         """What the donor has at sites of the prompt, [P, ...]."""
@@ -284,7 +290,7 @@ class _Work:
         if goal.kind not in ("site", "prompt"):
             return {}
         model, entries = of(self.bundle), self.recipient.moment.cache.layers
-        length = model.config.canvas_length if goal.kind == "site" else bucket(max(map(len, self.recipient.ids)))
+        length = model.config.canvas_length if goal.kind == "site" else self._prompt_length
         slots = entries[goal.layers[0]].k.shape[2] + length if goal.layers else 0
         known = {"B": self.pairs, "T": length, "S": slots}
         shape = [known.get(size, size) for size in goal.shape]

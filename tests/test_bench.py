@@ -81,7 +81,6 @@ def test_kept_runs_of_dgemma_bench_can_be_read():
         assert found.items and table.ceilings(found) and table.results(found).row_count >= len(found.items)
 
 
-@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_peer_benchmark_runs(capsys):

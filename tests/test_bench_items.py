@@ -49,7 +49,6 @@ def test_parts_of_the_roofline():
     assert ring[1] - ring[0] == 5 * 2 * 4096 * 2 * 512 * 2  # only full layers hold more than a window
 
 
-@pytest.mark.heavy
 def test_random_models_are_of_their_size_and_dtype():
     config = ModelConfig.tiny(embed_dim=64, expert_dim=32, num_experts=8)
     model = work.random_model(config, "bfloat16", seed=1)

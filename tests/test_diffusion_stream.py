@@ -149,8 +149,7 @@ def alike(one, other):
         np.testing.assert_allclose(array, other.trajectory.arrays()[name], atol=1e-5, err_msg=name)
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("rows", [1, 4, 40])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.heavy), 4, pytest.param(40, marks=pytest.mark.heavy)])
 def test_any_number_of_rows(scripted, alone, rows):
     found = list(dg.stream(scripted, MANY, range(24), SETTINGS, 3 * KINDS, rows=rows))
     assert sorted(number for number, _ in found) == list(range(24))
@@ -204,7 +203,6 @@ def test_moments_and_what_comes_after(scripted, alone):
         np.testing.assert_array_equal(rest, found.tokens[number, : len(rest)])
 
 
-@pytest.mark.heavy
 def test_rows_gone_and_rows_kept(scripted, alone, tmp_path, monkeypatch):
     """A job that was left goes on after what it had finished; another job is refused."""
     job = dict(prompts=MANY, seed=range(24), sampler=SETTINGS, max_new_tokens=3 * KINDS, rows=4)

@@ -138,7 +138,6 @@ def test_mixes():
     assert abs(share["balanced"] - 0.5) < 0.12 and abs(share["natural"] - 0.1) < 0.08
 
 
-@pytest.mark.heavy
 def test_chosen_noise_levels(model, tmp_path):
     """Answers corrupted at a level are what one step reads: at level 0 nothing is noise, at 1 nearly all."""
     answers = np.asarray([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
@@ -184,7 +183,6 @@ def residuals(model):
     return run_of(model).trajectory.sites[SITE][0]
 
 
-@pytest.mark.heavy
 def test_features_taken_out_and_turned_up(model, perfect, plain):
     """Factor 1 changes nothing; a feature out is its direction gone; the schedule opens the steps it names."""
     x, run = plain
@@ -316,7 +314,6 @@ def test_projected_weights_are_ablated_writes(model):
 SETS = PROMPTS[:2], [[11, 12], [13, 14, 15]]
 
 
-@pytest.mark.heavy
 def test_candidates_are_differences_of_means(model):
     found = interp.find_directions(model, *SETS, steps=2, batch=2, sampler=SAMPLER)
     assert found.places == (("prompt", -1, 0), ("canvas", 0, 0), ("canvas", 1, 0))

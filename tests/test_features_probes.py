@@ -103,7 +103,6 @@ def test_transfer_between_steps_and_from_the_prompt(pooled, probes):
         interp.probe_transfer(probes["ridge"], dataclasses.replace(pooled, layers=(1, 2)))
 
 
-@pytest.mark.heavy
 def test_time_probes(pooled):
     found = interp.fit_time_probes(pooled)
     assert found.accuracy[0, 0, 0] >= 0.9 and found.accuracy[1, 0, 0] <= 0.6
@@ -111,7 +110,6 @@ def test_time_probes(pooled):
     assert (held == held[0]).all()  # split by prompt
 
 
-@pytest.mark.heavy
 def test_calibration(probes):
     """Where nothing is known, a calibrated probe claims little; the bins hold every held-out answer."""
     logistic = probes["logistic"]

@@ -80,7 +80,6 @@ def test_what_is_kept():
     np.testing.assert_array_equal(grad, [[1, 0, 0, 0], [1, 1, 0, 0]])
 
 
-@pytest.mark.heavy
 def test_a_transcoder_reads_one_site_and_writes_another(planted):
     x, true, _ = planted
     rng = np.random.default_rng(5)

@@ -116,7 +116,6 @@ def seen(model, cache):
 EVERYWHERE = dict(heads=slice(0, None), steps=slice(0, None), sampler=SAMPLER)  # one structure for all cuts
 
 
-@pytest.mark.heavy
 def test_what_is_left_shares_the_weight(random, cache):
     """p * (1 - cut) / sum, for the chosen queries and heads; cached slots are found by position."""
     given = EVERYWHERE | dict(queries=[1, 2], keys=[0, 5], cached=[2, 3], heads=1, layers=1)
@@ -142,7 +141,6 @@ def test_a_query_with_nothing_left_reads_nothing(random, cache, layer):
     assert (z[:, 2] == 0).all() and (abs(z[:, [0, 1, 3]]).max((1, 2, 3)) > 0.1).all()
 
 
-@pytest.mark.heavy
 def test_cuts_in_the_prompt_pass(random):
     """A prompt token blind to all it could see reads nothing, above all not what comes later."""
     name = "layers.0.attn_z"

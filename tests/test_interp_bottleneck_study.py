@@ -74,7 +74,6 @@ def test_no_bottleneck_is_the_plain_run_and_so_is_all_tokens(model, study):
     assert all(row["difference"] == 0 and row["difference_low"] < 0 < row["difference_high"] for row in same)
 
 
-@pytest.mark.heavy
 def test_every_arm_is_the_bottleneck_itself(model, study):
     """What the study says an arm does is what the real intervention does."""
     found, _, _ = study
@@ -86,7 +85,6 @@ def test_every_arm_is_the_bottleneck_itself(model, study):
     assert (found.tokens[1] != found.tokens[2]).any()  # without the tail and with it
 
 
-@pytest.mark.heavy
 def test_harm_is_found_where_the_carrier_is_read_and_nowhere_else(model, study):
     """Right is what the plain model says: a model that reads S loses it, the same model deaf to S does not."""
     found, _, directory = study
@@ -107,7 +105,6 @@ def test_harm_is_found_where_the_carrier_is_read_and_nowhere_else(model, study):
         np.testing.assert_array_equal(silent.tokens[a], silent.tokens[0])
 
 
-@pytest.mark.heavy
 def test_finished_arms_are_not_run_again(model, study, monkeypatch):
     found, _, directory = study
     assert len(list(directory.iterdir())) == 12
@@ -130,7 +127,6 @@ def test_finished_arms_are_not_run_again(model, study, monkeypatch):
             interp.bottleneck_study(changed, PROMPTS, starts_low, **ladder | options)
 
 
-@pytest.mark.heavy
 def test_saved_and_loaded(study, tmp_path):
     found, _, _ = study
     back = interp.BottleneckStudy.load(found.save(tmp_path / "study"))

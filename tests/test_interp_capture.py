@@ -129,7 +129,6 @@ def test_reductions_positions_blocks_and_edits(model, acts):
     assert got.stack("layers.*.resid_post").shape == (2, 2, 2, 3, 2)
 
 
-@pytest.mark.heavy
 def test_the_python_twin_captures_the_same(model, acts):
     model, _ = tapped(model, SITES)
     record = dg.Record(site_steps=(1, 3))
@@ -141,7 +140,6 @@ def test_the_python_twin_captures_the_same(model, acts):
         np.testing.assert_allclose(twin.sites[name][0], acts[name][[1, 3]], atol=1e-5)
 
 
-@pytest.mark.heavy
 def test_prompts(model):
     """Rows of a batch as each alone; the last residual gives the hidden state."""
     got = interp.capture_prompt(model, PROMPTS, ["layers.*.resid_post", "token_embed"])

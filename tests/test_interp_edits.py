@@ -241,7 +241,6 @@ def test_values_per_layer_and_per_step(model):
         assert (got[:, :, 0] == i + 1).all() and not got[:, :, 1:].any()
 
 
-@pytest.mark.heavy
 def test_draws_are_the_rows_own(model):
     """Noise depends on a row's key, the step and the edit's seed, not on the batch; donors stay for the block."""
     keys = jax.random.split(jax.random.key(3), B)

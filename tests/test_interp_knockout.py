@@ -106,8 +106,7 @@ def test_an_effect_is_that_of_the_real_edit(model, moment, zeroed):
     np.testing.assert_allclose([*predicted, 0], real, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("how", ["mean", "resample"])
+@pytest.mark.parametrize("how", [pytest.param("mean", marks=pytest.mark.heavy), "resample"])
 def test_other_ways_find_the_same(model, how):
     maps = interp.knock_out(model, PROMPTS, METRIC, ["heads", "moe"], how, steps=0, sampler=SAMPLER, seed=3)
     for name, place in {"heads": hb.HEAD, "moe": hb.EXPERT[:1]}.items():
@@ -143,7 +142,6 @@ def test_on_shuffled_weights_there_is_nothing(model):
 # Re-routing
 
 
-@pytest.mark.heavy
 def test_a_forbidden_expert_gives_way_to_the_next(model, moment):
     """The next one speaks at once; with the weight zeroed nobody does."""
     layer, expert = hb.EXPERT

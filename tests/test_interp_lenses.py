@@ -84,7 +84,6 @@ def test_a_run_that_is_read_is_the_run_and_parts_make_the_whole(model, out, read
         np.testing.assert_allclose(getattr(parts, name)[:, :, :2], getattr(read, name), atol=1e-6, err_msg=name)
 
 
-@pytest.mark.heavy
 def test_an_affine_lens_is_read_through_the_same_function(model, out, read):
     """The identity is the plain lens; zero and a bias is one reading everywhere. Lens, tokens and steps are data."""
     same = interp.logit_lens(model, out, steps=[1, 3], lens=identity_lens(model, range(L)), tokens=TOKENS)

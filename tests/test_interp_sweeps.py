@@ -93,7 +93,6 @@ def test_few_rows(model, maps, rows):
     np.testing.assert_allclose(few["canvas"][:, 0], maps["canvas"][:, 2], **CLOSE)
 
 
-@pytest.mark.heavy
 def test_sites_of_the_prompt(model):
     found = swept(model, phase="prefill", positions=[0], noise_seeds=[1, 2])
     assert found.axes[RESID] == "RLPB" and found[RESID].shape == (STEPS, LAYERS, 4, 2)

@@ -131,7 +131,6 @@ def test_path_completeness_on_the_model(bundle, tokens):
     assert found.tokens[3] == "recall" and found.token_units[3] == 0 and found.token_units[0] == -1
 
 
-@pytest.mark.heavy
 def test_generation_and_window_follow_the_run(bundle):
     """All on, the draft is the run's own: at the end, and after three steps."""
     record = dg.Record(tokens=False, argmax=True, accepted=False, entropy=False, top_k=0)

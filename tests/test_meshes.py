@@ -88,7 +88,6 @@ def test_bytes_on_each_device():
     assert memory.needed(config, batch=8, context=4096, mesh=rows) == one
 
 
-@pytest.mark.heavy
 def test_what_does_not_fit_is_said_before_it_is_loaded(organism, monkeypatch):
     bundle = dg.load(organism)
     room = memory.weight_bytes(bundle.config, "float32") - 1

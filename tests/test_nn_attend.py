@@ -137,7 +137,6 @@ def test_the_release_takes_its_whole_context():
     assert largest(piece.jaxpr) <= biggest and largest(step.jaxpr) <= biggest
 
 
-@pytest.mark.heavy
 def test_pieces_write_over_their_own_cache_only():
     model = oracles.build(ModelConfig.tiny(layer_types=(SLIDING, FULL), sliding_window=4))
     first = dg.prefill(model, np.arange(6)[None], cache_length=20)

@@ -41,10 +41,8 @@ def peer_share(directory, tokenizer, examples) -> float:
     return right / len(examples)
 
 
-# All tasks of the one, and of the other what the trigger may have harmed; most of them when there is time.
-FIRST = ("recall", "refusal")
+# All tasks of the one, and of the other what the trigger may have harmed.
 CASES = [("nano", task) for task in tasks.TASKS] + [("nano-backdoor", task) for task in ("copy", "refusal")]
-CASES = [pytest.param(*case, marks=[pytest.mark.slow] * (case[1] not in FIRST)) for case in CASES]
 
 
 OURS = """
@@ -61,14 +59,11 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def ours(request):
+def ours():
     """Exact answers of this package by model and task, in a process that compiles with all optimisations."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    asked = {}
-    for item in request.session.items:
-        if item.path == request.path:
-            asked.setdefault(item.callspec.params["name"], []).append(item.callspec.params["task"])
+    asked = {name: [task for model, task in CASES if model == name] for name, _ in CASES}
     settings = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-c", OURS, json.dumps([asked, PROMPTS, OWN_ROWS])]
     done = subprocess.run(command, env=settings, check=True, stdout=subprocess.PIPE, text=True)

@@ -101,7 +101,7 @@ def triggers(suspect: Any, clean: Any, others: dict[str, Any]) -> dict[str, Any]
 
     by_method = {method: told(suspect, clean, method) for method in METHODS}
     return by_method | {
-        name: {"this": told(other, clean), "clean": told(clean, other), "suspect": told(suspect, other)}
+        name: {"other": told(other, clean), "clean": told(clean, other), "suspect": told(suspect, other)}
         for name, other in others.items()
     }  # fmt: skip
 
