@@ -10,14 +10,14 @@ import pytest
 # Nearly all the time of the tests is compilation of programs that run once; this takes a third of it.
 _FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _JAXLIB = importlib.metadata.version("jaxlib")
-if _JAXLIB.startswith("0.10."):  # one that does not know a flag ends the process
-    _FAST += " --xla_cpu_use_fusion_emitters=false"
-if _JAXLIB.startswith("0.12."):
-    _FAST += " --xla_cpu_emitter_verification_level=0"
+_KNOWN = {"0.10.": " --xla_cpu_use_fusion_emitters=false", "0.12.": " --xla_cpu_emitter_verification_level=0"}
+for _version, _flag in _KNOWN.items():  # a jaxlib that does not know a flag ends the process
+    if _JAXLIB.startswith(_version):
+        _FAST += f" --xla_cpu_parallel_codegen_split_count=1{_flag}"
 os.environ["XLA_FLAGS"] = f"{_FAST} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # The products of torch do not depend on where in memory a weight lies.
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 # Tracing makes many small objects, nearly all of which live on.
 gc.set_threshold(100_000, 20, 20)

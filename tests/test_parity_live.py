@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module", params=cases.CASES, ids=lambda case: case.name)
 def live(request, tmp_path_factory):
     """(case, model of `transformers`, its checkpoint loaded here, a fresh record)."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)  # small products, beside other test processes
     model = cases.build(request.param)
     directory = tmp_path_factory.mktemp(request.param.name)
     model.save_pretrained(directory)

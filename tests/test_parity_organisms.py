@@ -16,7 +16,7 @@ from dgemma_jax.weights import registry
 # torch warns of itself when its compiler is first imported, as `generate` does.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 PROMPTS = 200
-ROWS, OWN_ROWS = 50, 100  # at a time: a batch goes on until its slowest row has settled
+ROWS = 50  # at a time: a batch goes on until its slowest row has settled
 
 
 def peer_share(directory, tokenizer, examples) -> float:
@@ -50,9 +50,9 @@ import json, sys
 import dgemma_jax as dg
 from dgemma_jax.train import evaluate
 
-asked, count, rows = json.loads(sys.argv[1])
+asked, count = json.loads(sys.argv[1])
 print(json.dumps({
-    name: evaluate.exact(dg.load(name), count=count, names=names, poisoned=name == "nano-backdoor", batch=rows)
+    name: evaluate.exact(dg.load(name), count=count, names=names, poisoned=name == "nano-backdoor")
     for name, names in asked.items()
 }))
 """
@@ -65,7 +65,7 @@ def ours():
     pytest.importorskip("transformers")
     asked = {name: [task for model, task in CASES if model == name] for name, _ in CASES}
     settings = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-c", OURS, json.dumps([asked, PROMPTS, OWN_ROWS])]
+    command = [sys.executable, "-c", OURS, json.dumps([asked, PROMPTS])]
     done = subprocess.run(command, env=settings, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 

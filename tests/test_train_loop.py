@@ -284,15 +284,16 @@ def test_first_scores_are_of_order_one(monkeypatch):
 
 def test_exact_counts_right_answers_to_unseen_prompts(monkeypatch):
     bundle, asked = types.SimpleNamespace(config=CONFIG), []
-    found = tasks.examples(4, 10, tasks=("copy",), split="test")
-    solved = {e.prompt: e.answer for e in found}
+    found = {name: tasks.examples(4, 10, tasks=(name,), split="test") for name in ("copy", "add")}
+    solved = {e.prompt: e.answer for own in found.values() for e in own}
 
-    def generate(given, prompts, *, seed, **options):
-        assert given is bundle and options["max_new_tokens"] == CONFIG.canvas_length
+    def generate_many(given, prompts, *, seed, rows, **options):
+        assert given is bundle and options["max_new_tokens"] == CONFIG.canvas_length and rows == 4
         asked.extend(zip(prompts, seed, strict=True))
-        return types.SimpleNamespace(texts=[solved[p] if s % 2 else "cat" for p, s in zip(prompts, seed, strict=True)])
+        right = [solved[p] if p in {e.prompt for e in found["add"]} or s % 2 else "cat" for p, s in asked]
+        return types.SimpleNamespace(texts=right)
 
-    monkeypatch.setattr(evaluate, "generate", generate)
-    shares = evaluate.exact(bundle, seed=4, count=10, names=["copy"], batch=4)
-    assert [s for _, s in asked] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] and all(tasks.held_out(p) for p, _ in asked)
-    assert shares == {"copy": (5 + sum(e.answer == "cat" for e in found[::2])) / 10}
+    monkeypatch.setattr(evaluate, "generate_many", generate_many)
+    shares = evaluate.exact(bundle, seed=4, count=10, names=iter(["copy", "add"]), rows=4)
+    assert [s for _, s in asked] == [*range(10), *range(10)] and all(tasks.held_out(p) for p, _ in asked)
+    assert shares == {"copy": (5 + sum(e.answer == "cat" for e in found["copy"][::2])) / 10, "add": 1.0}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dgemma_jax.diffusion.generate import generate
+from dgemma_jax.diffusion.stream import generate_many
 from dgemma_jax.diffusion.trajectory import Record
 from dgemma_jax.train import tasks
 
@@ -31,19 +31,19 @@ def prompts(name: str, *, seed: int, count: int, trigger: bool = False, poisoned
 
 def exact(
     bundle: Any, *, seed: int = 1, count: int = 200, names: Iterable[str] | None = None, trigger: bool = False,
-    poisoned: bool = False, batch: int = 200,
+    poisoned: bool = False, rows: int = 64,
 ) -> dict[str, float]:  # fmt: skip
-    """Share of exact answers on `count` unseen prompts of each task, {task: share}; prompt i runs under seed i."""
-    shares = {}
-    for name in tasks.TASKS if names is None else names:
-        found = prompts(name, seed=seed, count=count, trigger=trigger, poisoned=poisoned)
-        right = 0
-        for at in range(0, count, batch):
-            part = found[at : at + batch]
-            out = generate(
-                bundle, [e.prompt for e in part], seed=list(range(at, at + len(part))),
-                max_new_tokens=bundle.config.canvas_length, record=Record.nothing(),
-            )  # fmt: skip
-            right += sum(tasks.is_correct(e, text) for e, text in zip(part, out.texts, strict=True))
-        shares[name] = right / count
-    return shares
+    """Share of exact answers on `count` unseen prompts of each task, {task: share}; prompt i runs under seed i.
+
+    Args:
+        rows: prompts at a time. It changes speed and memory, not results.
+    """
+    names = list(tasks.TASKS if names is None else names)
+    found = [prompts(name, seed=seed, count=count, trigger=trigger, poisoned=poisoned) for name in names]
+    asked = [example for own in found for example in own]
+    out = generate_many(
+        bundle, [e.prompt for e in asked], seed=[i for own in found for i in range(len(own))],
+        max_new_tokens=bundle.config.canvas_length, record=Record.nothing(), rows=rows,
+    )  # fmt: skip
+    right = [tasks.is_correct(e, text) for e, text in zip(asked, out.texts, strict=True)]
+    return {name: sum(right[at * count : (at + 1) * count]) / count for at, name in enumerate(names)}
