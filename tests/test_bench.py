@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from dgemma_jax.bench import lines, peer, report, table
+from dgemma_jax.bench import lines, peer, report, table, throughput
 
 
 def sample() -> report.Report:
@@ -90,6 +90,24 @@ def test_peer_benchmark_runs(capsys):
     ours = [row for row in found.rows if row.name == "dgemma_jax"]
     assert [row.task for row in ours] == [peer.STEP, f"{peer.GENERATION}, 2 steps"]
     assert all(found.ratio(row) > 0 for row in ours)
+
+
+def test_some_batches_are_drawn_evenly():
+    assert throughput.drawn(list(range(32)), 4) == [4, 12, 20, 28]
+    assert throughput.drawn([3, 1, 2], 3) == [3, 1, 2]
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_peer_is_timed_by_the_prompts_it_answered():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    job = throughput.random_job(peer.Sizes.tiny(), 6, blocks=1, longest=10)
+    seconds, work, _ = throughput.compare(job, (2,), (2,), "eager", answered=3, runs=1)
+    ours, theirs = work.values()
+    assert (ours.prompts, theirs.prompts) == (6, 4)  # whole batches
+    assert all(0 < done.needed <= done.computed and done.tokens for done in (ours, theirs))
+    assert all(len(taken) == 1 and taken[0] > 0 for taken in seconds.values())
 
 
 @pytest.mark.parity

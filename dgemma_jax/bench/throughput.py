@@ -5,15 +5,17 @@
 needs the `parity` extra. This package runs `dg.stream`: a row that has finished takes the next prompt. `transformers`
 runs batches, sorted by length and padded on the left to the longest of each: every block lasts as long as its slowest
 row, every batch as long as its longest answer, and rows that have ended are denoised until the others have. Of several
-sizes of its batches the fastest is the peer; batches of one wait for nobody.
+sizes of its batches the fastest is the peer; batches of one wait for nobody. It may answer some of its batches only,
+evenly drawn (`--peer-prompts`): where all would take hours.
 
 `medium` has the sizes of `dgemma_jax.bench.peer` and random weights. Its final norm is scaled until the entropy falls
 over the steps as that of a trained model does, so that the adaptive stop ends blocks at steps that differ (by little:
 random rows are much alike); a set of end tokens ends two answers in five with each block. `nano` is the embedded model
 on its own tasks. Both sides have the same prompts and settings, and random numbers of their own, so that what they had
 to do differs by chance: the table says how many steps of a row were needed, how many were computed (rows that waited
-count), and the time of a needed one. Times are of one whole job, without the compilation, which a first job of a single
-step a block causes. Where a machine has other work to do, processor time says more than time; both are printed.
+count), and the time of a needed one. Times are those of a prompt, a whole job's by how many it answered, without the
+compilation, which a first job of a single step a block causes. Where a machine has other work to do, processor time
+says more than time; both are printed.
 """
 
 from __future__ import annotations
@@ -62,11 +64,13 @@ class Job:
 
 @dataclasses.dataclass
 class Done:
-    """What a run did: rows times steps that were needed and that were computed, tokens that are not padding.
+    """What a run did: prompts answered, rows times steps that were needed and that were computed, tokens that are not
+    padding.
 
     `stops` counts blocks by their steps (ours alone).
     """
 
+    prompts: int = 0
     needed: int = 0
     computed: int = 0
     tokens: int = 0
@@ -136,13 +140,19 @@ def ours(job: Job, rows: int, done: Done, warm: bool = False) -> None:
 
     with mock.patch.object(loop, "some", counted):
         for _, one in stream(job.bundle, job.prompts, 0, sampler, job.new_tokens, Record.nothing(), rows=rows):
+            done.prompts += 1
             done.needed += int(one.num_steps[0])
             done.tokens += int((one.tokens != 0).sum())
             done.stops.update(one.trajectory.num_steps[:, 0].tolist())
 
 
-def theirs(job: Job, rows: int, experts: str, done: Done, warm: bool = False) -> None:
-    """All prompts by `transformers`, batch after batch."""
+def drawn(batches: list[Any], count: int) -> list[Any]:
+    """So many of them, from the middles of as many equal parts."""
+    return [batches[int((i + 0.5) * len(batches) / count)] for i in range(count)]
+
+
+def theirs(job: Job, rows: int, experts: str, answered: int, done: Done, warm: bool = False) -> None:
+    """About `answered` prompts by `transformers`, batch after batch."""
     torch, model = peer.peer_package("torch"), job.model
     module = peer.importlib.import_module("transformers.models.diffusion_gemma.generation_diffusion_gemma")
     settings = module.DiffusionGemmaGenerationConfig(
@@ -158,10 +168,11 @@ def theirs(job: Job, rows: int, experts: str, done: Done, warm: bool = False) ->
         done.computed += options["current_canvas"].shape[0]
         return step(**options)
 
-    prompts = sorted(job.prompts, key=len)[-rows:] if warm else sorted(job.prompts, key=len)
+    prompts = sorted(job.prompts, key=len)
+    batches = [prompts[at : at + rows] for at in range(0, len(prompts), rows)]
+    batches = batches[-1:] if warm else drawn(batches, -(-min(answered, len(prompts)) // rows))
     with mock.patch.object(model, "_denoising_step", counted), torch.no_grad():
-        for at in range(0, len(prompts), rows):
-            ids = prompts[at : at + rows]
+        for ids in batches:
             longest = max(map(len, ids))
             tokens = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
@@ -169,6 +180,7 @@ def theirs(job: Job, rows: int, experts: str, done: Done, warm: bool = False) ->
                 tokens, attention_mask=mask, generation_config=settings, max_new_tokens=job.new_tokens
             )
             own = (out.sequences[:, longest:] != 0).sum(-1)
+            done.prompts += len(ids)
             done.needed += round(float((own / out.tokens_per_forward).sum()))
             done.tokens += int(own.sum())
 
@@ -182,15 +194,17 @@ def fastest_experts(job: Job) -> str:
     return min(taken, key=taken.get)
 
 
-def compare(job: Job, rows: tuple[int, ...], peer_rows: tuple[int, ...], experts: str, runs: int) -> tuple:
-    """Time both sides.
+def compare(
+    job: Job, rows: tuple[int, ...], peer_rows: tuple[int, ...], experts: str, answered: int, runs: int
+) -> tuple:  # fmt: skip
+    """Time both sides; the peer on about `answered` of the prompts.
 
     Returns:
-        Times by name; what the last run of each did; times of the first, short job.
+        Times of one prompt by name; what the last run of each did; times of the first, short job.
     """
     contestants: dict[str, Callable[..., None]] = {
         f"dgemma_jax, {n} rows": functools.partial(ours, job, n) for n in rows
-    } | {f"transformers, batches of {n}": functools.partial(theirs, job, n, experts) for n in peer_rows}
+    } | {f"transformers, batches of {n}": functools.partial(theirs, job, n, experts, answered) for n in peer_rows}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     compiling, work = {}, {}
     for name, call in contestants.items():
@@ -202,16 +216,16 @@ def compare(job: Job, rows: tuple[int, ...], peer_rows: tuple[int, ...], experts
             work[name] = Done()
             start, used = time.perf_counter(), time.process_time()
             contestants[name](done=work[name])
-            seconds[name].append(time.perf_counter() - start)
-            work[name].processor_seconds = time.process_time() - used
-            print(_said(name, seconds[name][-1], len(job.prompts), work[name]), flush=True)
+            taken, work[name].processor_seconds = time.perf_counter() - start, time.process_time() - used
+            seconds[name].append(taken / work[name].prompts)
+            print(_said(name, taken, work[name]), flush=True)
     return seconds, work, compiling
 
 
-def _said(name: str, seconds: float, prompts: int, done: Done) -> str:
+def _said(name: str, seconds: float, done: Done) -> str:
     return (
-        f"{name:28}  {seconds:8.1f} s  {done.processor_seconds:8.1f} s of processors  "
-        f"{prompts / seconds:7.3f} prompts/s  {done.tokens / seconds:8.1f} tokens/s  "
+        f"{name:28}  {done.prompts} prompts {seconds:8.1f} s  {done.processor_seconds:8.1f} s of processors  "
+        f"{done.prompts / seconds:7.3f} prompts/s  {done.tokens / seconds:8.1f} tokens/s  "
         f"steps needed {done.needed}, computed {done.computed} ({done.needed / done.computed:.0%} used), "
         f"{1e3 * done.processor_seconds / done.needed:.0f} ms of processors a needed one"
     )
@@ -224,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=256, help="how many (256)")
     parser.add_argument("--rows", type=_numbers, default=(8,), help="prompts at once here, with commas between (8)")
     parser.add_argument("--peer-rows", type=_numbers, default=(1, 8), help="sizes of the peer's batches (1,8)")
+    parser.add_argument("--peer-prompts", type=int, help="about how many of them the peer answers (all)")
     parser.add_argument("--experts", choices=peer.EXPERTS, help="the peer's experts; by default the fastest")
     parser.add_argument("--canvas", type=int, default=256, help="canvas of medium (256)")
     parser.add_argument("--steps", type=int, default=12, help="most steps of a block of medium (12)")
@@ -233,6 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="processors for either side (2)")
     parser.add_argument("--save", action="store_true", help="keep the numbers in dgemma_jax/bench/results/")
     args = parser.parse_args(argv)
+    args.peer_prompts = args.prompts if args.peer_prompts is None else args.peer_prompts
+    if args.peer_prompts < 1:
+        parser.error(f"--peer-prompts must be at least 1, got {args.peer_prompts}")
     report.keep_threads(args.threads)
     peer.peer_package("torch").set_num_threads(args.threads)
     if args.model == "nano":
@@ -243,10 +261,10 @@ def main(argv: list[str] | None = None) -> None:
         tiny = args.model == "tiny"
         job = random_job(small if tiny else sizes, args.prompts, args.blocks, 20 if tiny else args.longest)
     args.experts = args.experts or fastest_experts(job)
-    seconds, work, compiling = compare(job, args.rows, args.peer_rows, args.experts, args.runs)
+    seconds, work, compiling = compare(job, args.rows, args.peer_rows, args.experts, args.peer_prompts, args.runs)
     rows = tuple(
         report.Row(
-            task=f"{args.prompts} prompts", name=name, seconds=tuple(taken),
+            task=f"a prompt of {args.prompts}", name=name, seconds=tuple(taken),
             compile_seconds=compiling[name] if name.startswith("dgemma") else None,
             goal=GOAL if name.startswith("dgemma") else None,
         )
