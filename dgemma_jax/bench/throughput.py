@@ -5,8 +5,8 @@
 needs the `parity` extra. This package runs `dg.stream`: a row that has finished takes the next prompt. `transformers`
 runs batches, sorted by length and padded on the left to the longest of each: every block lasts as long as its slowest
 row, every batch as long as its longest answer, and rows that have ended are denoised until the others have. Of several
-sizes of its batches the fastest is the peer; batches of one wait for nobody. It may answer some of its batches only,
-evenly drawn (`--peer-prompts`): where all would take hours.
+sizes of its batches the fastest is the peer; batches of one wait for nobody. Where all of them would take hours, it
+answers some, evenly drawn (`--peer-prompts`).
 
 `medium` has the sizes of `dgemma_jax.bench.peer` and random weights. Its final norm is scaled until the entropy falls
 over the steps as that of a trained model does, so that the adaptive stop ends blocks at steps that differ (by little:
