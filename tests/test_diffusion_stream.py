@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
@@ -12,6 +13,8 @@ from test_diffusion_generate import CONFIG, SAMPLER, C, J, row, same
 import dgemma_jax as dg
 from dgemma_jax.config import ModelConfig, SamplerConfig
 from dgemma_jax.diffusion import loop, reading, stream
+from dgemma_jax.nn import functional
+from dgemma_jax.nn.flattened import Flattened
 from interp.taps import tapped
 
 # ---- a random model --------------------------------------------------------------------------------
@@ -175,6 +178,28 @@ def test_no_row_waits_for_the_slowest(scripted, monkeypatch):
     steps = np.stack([np.pad(own, (0, 3 - len(own))) for own in done], 1)
     assert sum(used) == steps.sum()
     assert steps.sum() / sum(computed) > 0.85 > 0.65 > steps.sum() / needed(steps)
+
+
+def test_results_are_read_while_the_next_steps_run(scripted, monkeypatch):
+    """Whenever a result is given, the device has been told what to do next, until nothing is left to do."""
+    begun, ended, some, close = [], [], loop.some, stream._Span.close
+    monkeypatch.setattr(loop, "some", lambda *args, **options: begun.append(1) or some(*args, **options))
+    monkeypatch.setattr(stream._Span, "close", lambda span, sampler: ended.append(1) or close(span, sampler))
+    ahead = [len(begun) - len(ended) for _ in dg.stream(scripted, MANY, 0, SETTINGS, 3 * KINDS, rows=4)]
+    assert ahead[0] == 1 and ahead[-1] == 0 and sorted(ahead, reverse=True) == ahead and ahead.count(0) <= 4
+
+
+def test_a_flat_model_is_the_model(random):
+    """The same arrays under the same names, and one program for equal structures."""
+    model = functional.of(random)
+    flat, again = Flattened(model), Flattened(jax.tree.map(jnp.copy, model))
+    assert all(a is b for a, b in zip(jax.tree.leaves(flat), jax.tree.leaves(model), strict=True))
+    assert jax.tree.structure(functional.of(flat)) == jax.tree.structure(model)
+    tokens = np.zeros((1, 3), np.int32)
+    embed = jax.jit(lambda model: functional.of(model).embedder.lookup(tokens))
+    np.testing.assert_array_equal(embed(flat), embed(model))
+    embed(again)
+    assert embed._cache_size() == 2
 
 
 def test_limits_and_seeds_of_its_own(scripted):

@@ -189,6 +189,19 @@ def test_intervals():
     assert -0.4 < low < -0.3 and -0.15 < high < -0.05
     low, high = intervals.of_means(np.array([[3.0, 3, np.nan], [2, 4, np.nan]]))
     assert low[0] == high[0] == 3 and low[1] == 2 and high[1] == 4
+    assert intervals.by_prompt([[1, 2, np.nan, 5], [3, 4, np.nan, np.nan]], np.array([0, 0, 1, 2])).tolist()[::2] == [2.5, 5]
+
+
+def test_an_interval_is_that_of_its_row_alone(monkeypatch):
+    """Rows are drawn together, few at a time, whatever prompts they lack."""
+    rows = np.random.default_rng(4).gamma(2, 1, (7, 60))
+    rows[2, :5] = rows[5, 7:12] = rows[6] = np.nan
+    rows[3] = 1
+    together = intervals.of_means(rows)
+    np.testing.assert_allclose(together, np.transpose([intervals.of_means(row) for row in rows]), atol=1e-14)
+    monkeypatch.setattr(intervals, "MOST_DRAWN", 2 * 60 * intervals.RESAMPLES)
+    np.testing.assert_allclose(together, intervals.of_means(rows), atol=1e-14)
+    assert np.isnan(together[0][6]) and together[0][3] == together[1][3] == 1 and (together[0] < together[1])[[0, 1, 2, 4, 5]].all()
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():

@@ -34,6 +34,22 @@ def test_tau_is_tie_aware():
         tau([1, 2], [1, 2, 3])
 
 
+@pytest.mark.parametrize("count, steps", [(2, 2), (24, 5), (24, 40), (256, 20)])
+def test_tau_is_that_of_scipy(count, steps):
+    from scipy import stats
+
+    rng = np.random.default_rng(count + steps)
+    for _ in range(10):
+        commit, position = rng.integers(0, steps, count), rng.permutation(300)[:count]
+        expected = stats.kendalltau(commit, position).statistic
+        np.testing.assert_allclose(tau(commit, position), expected, atol=1e-14)
+        blocks = block_tau(commit, position, (4, 16))
+        for size, found in blocks.items():
+            bins = np.unique(position // size)
+            first = [commit[position // size == one].min() for one in bins]
+            np.testing.assert_allclose(found, stats.kendalltau(first, bins).statistic, atol=1e-14)
+
+
 @pytest.mark.parametrize("length, expected", [(16, 0), (20, 0.580), (50, 0.840), (100, 0.924), (200, 0.962), (256, 0.970)])
 def test_control_of_blocks_in_order(length, expected):
     assert control_tau(np.arange(length)) == pytest.approx(expected, abs=6e-4)

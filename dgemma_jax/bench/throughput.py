@@ -131,11 +131,11 @@ def ours(job: Job, rows: int, done: Done, warm: bool = False) -> None:
         max_denoising_steps=job.steps, confidence_threshold=1e9 if warm else job.confidence,
         stability_threshold=job.stability, eos_token_ids=job.ends, pad_token_id=0,
     )  # fmt: skip
-    some = loop.some
+    some, spans = loop.some, []
 
     def counted(*args: Any, **options: Any) -> Any:
         out = some(*args, **options)
-        done.computed += out[0] * out[1].done.shape[0]
+        spans.append((out[0], out[1].done.shape[0]))  # not waited for here
         return out
 
     with mock.patch.object(loop, "some", counted):
@@ -144,6 +144,7 @@ def ours(job: Job, rows: int, done: Done, warm: bool = False) -> None:
             done.needed += int(one.num_steps[0])
             done.tokens += int((one.tokens != 0).sum())
             done.stops.update(one.trajectory.num_steps[:, 0].tolist())
+    done.computed += sum(int(taken) * count for taken, count in spans)
 
 
 def drawn(batches: list[Any], count: int) -> list[Any]:

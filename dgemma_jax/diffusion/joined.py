@@ -42,8 +42,8 @@ def _trajectories(rows: Sequence[Trajectory], replay: Callable[..., Any] | None)
 
     def together(axis: int) -> Callable[..., np.ndarray]:
         def arrays(*own: np.ndarray) -> np.ndarray:
-            padded = [np.pad(a, [(0, blocks - len(a))] + [(0, 0)] * (a.ndim - 1)) for a in map(np.asarray, own)]
-            return np.concatenate(padded, axis)
+            whole = [a if len(a) == blocks else _padded(a, blocks) for a in map(np.asarray, own)]
+            return np.concatenate(whole, axis)
 
         return arrays
 
@@ -55,3 +55,7 @@ def _trajectories(rows: Sequence[Trajectory], replay: Callable[..., Any] | None)
         elif field.name != "replay":
             found[field.name] = jax.tree.map(together(1 if field.name in PER_BLOCK else 2), *own)
     return Trajectory(**found | {"replay": replay})
+
+
+def _padded(array: np.ndarray, blocks: int) -> np.ndarray:
+    return np.concatenate([array, np.zeros((blocks - len(array), *array.shape[1:]), array.dtype)])

@@ -14,7 +14,7 @@ from dgemma_jax.config import SamplerConfig
 from dgemma_jax.diffusion import noise
 from dgemma_jax.diffusion.sampler import State, denoise_step
 from dgemma_jax.diffusion.trajectory import Record, StepView
-from dgemma_jax.nn import meshes
+from dgemma_jax.nn import functional, meshes
 from dgemma_jax.nn.cache import KVCache
 
 Buffers = dict[str, Any]  # by field of `Trajectory`: pytrees [R, B, ...]
@@ -101,6 +101,8 @@ def fetched(buffers: Buffers) -> Buffers:
 
 @functools.partial(jax.jit, static_argnames="record")
 def _while(model, state, cache, buffers, sampler, pinned, index, limit, least=None, *, record):
+    model = functional.of(model)
+
     def going(carry):
         index, state, _ = carry
         goes_on = jnp.any(~state.done) if least is None else jnp.sum(~state.done) >= least
@@ -144,17 +146,14 @@ def compiled(
 
 def some(
     model: Any, state: State, cache: KVCache, buffers: Buffers, sampler: SamplerConfig, record: Record, *, least: int
-) -> tuple[int, State, Buffers]:  # fmt: skip
+) -> tuple[jax.Array, State, Buffers]:  # fmt: skip
     """The same loop for rows that are at steps of their own: until fewer than `least` go on, or the buffers are full.
 
     Returns:
-        Steps taken, which are the first of the buffers; the state; the buffers.
+        Steps taken, which are the first of the buffers; the state; the buffers. Nothing is waited for.
     """
     limit = np.int32(buffers["valid"].shape[0])
-    index, state, buffers = _while(
-        model, state, cache, buffers, sampler, None, np.int32(0), limit, np.int32(least), record=record
-    )
-    return int(index), state, buffers
+    return _while(model, state, cache, buffers, sampler, None, np.int32(0), limit, np.int32(least), record=record)
 
 
 def python(

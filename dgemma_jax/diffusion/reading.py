@@ -50,9 +50,16 @@ def _holding(count: int, sizes: Sequence[int]) -> int:
     return next(size for size in sizes if size >= count)
 
 
-def read(model: Any, cache: kv.KVCache, pieces: dict[int, list[Sequence[int]]], fresh: Sequence[int]) -> kv.KVCache:
-    """Run the pieces through the model, rows whose next pieces are of a size together; `fresh` rows begin empty."""
-    sizes, groups, clean = piece_sizes(model.config.canvas_length), group_sizes(len(cache.length)), set(fresh)
+def read(
+    model: Any, cache: kv.KVCache, pieces: dict[int, list[Sequence[int]]], fresh: Sequence[int], sizes: Sequence[int]
+) -> kv.KVCache:
+    """Run the pieces through the model, rows whose next pieces are of a size together; `fresh` rows begin empty.
+
+    Args:
+        model: as it is or `Flattened`.
+        sizes: of pieces, `piece_sizes`.
+    """
+    groups, clean = group_sizes(len(cache.length)), set(fresh)
     left = {place: collections.deque(own) for place, own in pieces.items()}
     while left:
         by_size = collections.defaultdict(list)
@@ -77,5 +84,5 @@ def _read_piece(model, cache, places, tokens, valid, is_clean) -> kv.KVCache:
     """The cache with the next tokens [n, T] of the rows at `places` [n]; clean ones are emptied before."""
     own = jax.tree.map(lambda a: a[places], cache)
     own = own.replace(length=jnp.where(is_clean, 0, own.length))
-    new = functional.prefill(model, tokens, valid, own).cache
+    new = functional.prefill(functional.of(model), tokens, valid, own).cache
     return jax.tree.map(lambda a, b: a.at[places].set(b), cache, new)

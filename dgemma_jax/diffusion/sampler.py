@@ -160,7 +160,8 @@ def denoise_step(
     if pinned is not None:
         own = jnp.arange(shaped_BCV.shape[-1]) == state.canvas[..., None]
         shaped_BCV = jnp.where(pinned[..., None], jnp.where(own, 0.0, PINNED), shaped_BCV)
-    shaped_BCV = model.shaped_logits(shaped_BCV)
+    # One array for all its readers: for H200, XLA would write two more [B, C, V] to gather single rows from.
+    shaped_BCV = jax.lax.optimization_barrier(model.shaped_logits(shaped_BCV))
     # Not `softmax`: XLA would keep its exponentials for two readers, another [B, C, V] in float32.
     probs_BCV = jnp.exp(shaped_BCV - jax.nn.logsumexp(shaped_BCV, -1, keepdims=True))
     entropy_BC = token_entropy(shaped_BCV)

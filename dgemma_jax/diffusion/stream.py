@@ -5,6 +5,7 @@
 `generate` runs a batch in step: every block lasts as long as its slowest row, every batch as long as its longest
 answer. Here each row has a block and a step of its own. The compiled loop over steps is that of `generate`; it is left
 as soon as a row has finished its block; prompts and committed blocks are read a few rows at a time (`reading`).
+The host is busy with the last steps while the device is at the next.
 
 What a prompt gives depends on the prompt and its seed alone, as in `generate`.
 """
@@ -32,7 +33,8 @@ from dgemma_jax.diffusion.joined import joined
 from dgemma_jax.diffusion.kept_rows import KeptRows
 from dgemma_jax.diffusion.moment import Moment
 from dgemma_jax.diffusion.trajectory import Record, Trajectory
-from dgemma_jax.nn import meshes
+from dgemma_jax.nn import functional, meshes
+from dgemma_jax.nn.flattened import Flattened
 from dgemma_jax.progress import bar
 
 SPAN = 8  # steps recorded on the device before they are fetched
@@ -175,21 +177,30 @@ class _Row:
             sampler=work.sampler, num_blocks=work.num_blocks[number], prompts=(tuple(work.ids[number]),),
         )  # fmt: skip
         self.run = self.now = lockstep.Run(work.model, work.tokenizer, moment, work.record, [work.seeds[number]])
-        self.blocks: list[tuple] = []
+        self.closed = 0  # blocks
+        self.blocks: list[tuple] = []  # those of them whose steps are here
         self.steps: list[loop.Buffers] = []
         self.first: np.ndarray | None = None  # the canvas that the block began with
 
     @property
     def is_over(self) -> bool:
-        return bool(self.now.moment.ended[0]) or len(self.blocks) == self.now.moment.num_blocks
+        return bool(self.now.moment.ended[0]) or self.closed == self.now.moment.num_blocks
+
+    def close(self, committed: np.ndarray, steps: int) -> None:
+        """End the block at hand after so many steps, which may still lie on the device."""
+        moment = self.now.moment
+        history, ended = lockstep.commit(moment, committed[None])
+        moment = dataclasses.replace(moment, history=history, ended=ended, spent=moment.spent + np.int32(steps))
+        self.now = dataclasses.replace(self.now, moment=moment)
+        self.closed += 1
 
     def keep(self, host: loop.Buffers, slot: int, taken: int) -> None:
         """Add the steps of a span that the row took."""
         count = int(host["valid"][:taken, slot].sum())
         self.steps.append(jax.tree.map(lambda a: np.array(a[:count, slot]), host))
 
-    def commit(self, committed: np.ndarray, stop: int) -> None:
-        """Close the block at hand."""
+    def assemble(self, committed: np.ndarray, stop: int) -> None:
+        """Put the steps of the block that was closed together."""
         total, chosen = self.work.sampler.max_denoising_steps, self.work.record.site_steps
 
         def padded(*parts: np.ndarray) -> np.ndarray:
@@ -204,10 +215,6 @@ class _Row:
         steps, stop = np.array([taken], np.int32), np.array([stop], np.int32)
         self.blocks.append((self.first[None], buffers, committed[None], steps, stop))
         self.steps = []
-        moment = self.now.moment
-        history, ended = lockstep.commit(moment, committed[None])
-        moment = dataclasses.replace(moment, history=history, ended=ended, spent=moment.spent + steps)
-        self.now = dataclasses.replace(self.now, moment=moment)
 
     def result(self) -> lockstep.Generation:
         moment = self.now.moment
@@ -231,53 +238,97 @@ def _results(work: _Work, kept: KeptRows | None) -> Iterator[tuple[int, lockstep
         yield row.number, out
 
 
+@dataclasses.dataclass
+class _Span:
+    """Some steps of all rows, from the time they are asked for until they are here.
+
+    Attributes:
+        rows: by place; None where none runs.
+        begun: places at which a block begins.
+        canvas: [B, C] before the first of the steps, on the device.
+        taken, state, buffers: what the loop gave, on the device.
+        closed: (place, committed tokens, stop) of the blocks that end here.
+    """
+
+    rows: list[_Row | None]
+    begun: list[int]
+    canvas: jax.Array
+    taken: jax.Array
+    state: sampling.State
+    buffers: loop.Buffers
+    closed: list[tuple[int, np.ndarray, int]] = dataclasses.field(default_factory=list)
+
+    def close(self, sampler: SamplerConfig) -> None:
+        """Wait for the steps, and end the blocks that are done."""
+        state = self.state
+        last = state.canvas if sampler.commit == "canvas" else state.argmax
+        done, last, steps, stop = meshes.to_host((state.done, last, state.step, state.stop))
+        for place, row in enumerate(self.rows):
+            if row is not None and done[place]:
+                row.close(last[place], steps[place])
+                self.closed.append((place, last[place], int(stop[place])))
+
+    def fetch(self) -> Iterator[_Row]:
+        """Take the record of the steps over from the device; rows that are over, each with all it needs."""
+        told = {name: buffer for name, buffer in self.buffers.items() if name != "slot"}
+        host, canvas, taken = meshes.to_host((told, self.canvas, self.taken))
+        for place in self.begun:
+            self.rows[place].first = np.array(canvas[place])
+        for place, row in enumerate(self.rows):
+            if row is not None:
+                row.keep(host, place, int(taken))
+        for place, committed, stop in self.closed:
+            row = self.rows[place]
+            row.assemble(committed, stop)
+            if row.is_over:
+                yield row
+
+
 def _finished(work: _Work, numbers: Sequence[int]) -> Iterator[_Row]:
-    """Run the prompts of these numbers; rows in the order in which they finish."""
+    """Run the prompts of these numbers; rows in the order in which they finish.
+
+    What a span of steps recorded is fetched while the device is at the next one, and so is all that is done with the
+    rows that this gives.
+    """
     if not numbers:
         return
     model, config, waiting = work.model, work.model.config, collections.deque(numbers)
-    count = min(work.rows, len(waiting))
+    count, record = min(work.rows, len(waiting)), _all_sites(work.record)
+    flat, sizes = Flattened(model), reading.piece_sizes(config.canvas_length)
     places: list[_Row | None] = [None] * count
-    at_hand = np.arange(0)  # places whose block is done
+    pieces: dict[int, list[Sequence[int]]] = {}  # by place: what the model must read before the next block
     cache = meshes.empty_cache(config, count, work.capacity, model.dtype, meshes.of(model))
     state = _idle(model, count)
-    buffers = None
+    buffers = behind = None
     while True:
-        pieces: dict[int, list[Sequence[int]]] = {}  # by place: what the model must read before the next block
-        if len(at_hand):
-            last = state.canvas if work.sampler.commit == "canvas" else state.argmax
-            committed, stop = meshes.to_host((last, state.stop))
-        for place in at_hand:
-            row = places[place]
-            row.commit(committed[place], int(stop[place]))
-            if row.is_over:
-                places[place] = None
-                yield row
-            else:
-                pieces[place] = [committed[place]]
         empty = [place for place in range(count) if places[place] is None]
         fresh = empty[: len(waiting)]
         for place in fresh:
             places[place] = row = _Row(work, waiting.popleft())
-            pieces[place] = reading.cut(work.ids[row.number], reading.piece_sizes(config.canvas_length))
-        live = count - len(empty) + len(fresh)
-        if not live:
+            pieces[place] = reading.cut(work.ids[row.number], sizes)
+        ahead, live = None, count - len(empty) + len(fresh)
+        if live:
+            cache = reading.read(flat, cache, pieces, fresh, sizes)
+            state = _begun(flat, state, places, sorted(pieces))
+            if buffers is None:
+                buffers = loop.empty_buffers(model, state, cache, work.sampler, None, record)
+                buffers = {n: b if n == "slot" else jax.tree.map(lambda a: a[:SPAN], b) for n, b in buffers.items()}
+                _check_rows(buffers, count)
+            least, canvas = live - max(1, int(live * IDLE)) + 1, state.canvas
+            taken, state, buffers = loop.some(flat, state, cache, buffers, work.sampler, record, least=least)
+            ahead = _Span(list(places), sorted(pieces), canvas, taken, state, buffers)
+        if behind is not None:
+            yield from behind.fetch()
+        if ahead is None:
             return
-        cache = reading.read(model, cache, pieces, fresh)
-        state = _begun(model, state, places, sorted(pieces))
-        if buffers is None:
-            buffers = loop.empty_buffers(model, state, cache, work.sampler, None, _all_sites(work.record))
-            buffers = {n: b if n == "slot" else jax.tree.map(lambda a: a[:SPAN], b) for n, b in buffers.items()}
-            _check_rows(buffers, count)
-        least = live - max(1, int(live * IDLE)) + 1
-        taken, state, buffers = loop.some(
-            model, state, cache, buffers, work.sampler, _all_sites(work.record), least=least
-        )
-        host = meshes.to_host({name: buffer for name, buffer in buffers.items() if name != "slot"})
-        for place, row in enumerate(places):
-            if row is not None:
-                row.keep(host, place, taken)
-        at_hand = np.flatnonzero(meshes.to_host(state.done) & np.array([row is not None for row in places]))
+        ahead.close(work.sampler)
+        pieces = {}
+        for place, committed, _ in ahead.closed:
+            if places[place].is_over:
+                places[place] = None
+            else:
+                pieces[place] = [committed]
+        behind = ahead
 
 
 def _all_sites(record: Record) -> Record:
@@ -296,13 +347,9 @@ def _check_rows(buffers: loop.Buffers, count: int) -> None:
 def _begun(model: Any, state: sampling.State, places: Sequence[_Row | None], begin: Sequence[int]) -> sampling.State:
     """The state with a new block begun at some places."""
     seeds = [0 if row is None else row.run.seeds[0] for row in places]
-    block = [0 if row is None else len(row.blocks) for row in places]
+    block = [0 if row is None else row.closed for row in places]
     begins = np.isin(np.arange(len(places)), begin)
-    state = _new_blocks(model, state, np.array(seeds, np.uint32), np.array(block, np.int32), begins)
-    canvas = meshes.to_host(state.canvas)
-    for place in begin:
-        places[place].first = np.array(canvas[place])
-    return state
+    return _new_blocks(model, state, np.array(seeds, np.uint32), np.array(block, np.int32), begins)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -313,7 +360,7 @@ def _idle(model, count) -> sampling.State:
 
 @jax.jit
 def _new_blocks(model, state, seeds, block, begins) -> sampling.State:
-    new = sampling.start(noise.row_keys(seeds), block, ~begins, state.canvas.shape[1], model)
+    new = sampling.start(noise.row_keys(seeds), block, ~begins, state.canvas.shape[1], functional.of(model))
 
     def chosen(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.where(begins.reshape(-1, *[1] * (b.ndim - 1)), a, b)

@@ -68,15 +68,25 @@ class CommitOrder(Saved):
             raise ValueError('give groups, the regime of each row (["all"] * rows if there is one), or pooled=True')
         if pooled:
             warnings.warn("pooled over regimes: correlations within regimes may be of the other sign", stacklevel=2)
-        groups = np.array(["all"] * rows if pooled else list(groups), object)
+        return self._intervals(list(self.values), ["all"] * rows if pooled else groups, prompts)
+
+    def _intervals(self, names: Sequence[str], groups: Sequence[str], prompts: Sequence[Any] | None) -> dict:
+        """`summary` of some measures; the mean is that over prompts of the means of their answers."""
+        rows, groups = self.missing.shape[1], np.array(list(groups), object)
         prompts = np.arange(rows) if prompts is None else np.array([str(p) for p in prompts], object)
         if len(groups) != rows or len(prompts) != rows:
             raise ValueError(f"needed is one group and one prompt for each of {rows} rows")
-        own = {group: groups == group for group in dict.fromkeys(groups)}
-        return {
-            str(group): {name: _interval(v[:, rows], prompts[rows]) for name, v in self.values.items()}
-            for group, rows in own.items()
-        }
+        found = {}
+        for group in dict.fromkeys(groups):
+            own = groups == group
+            _, number = np.unique(prompts[own], return_inverse=True)
+            of_prompt = np.stack([intervals.by_prompt(self.values[name][:, own], number) for name in names])
+            low, high = intervals.of_means(of_prompt)
+            found[str(group)] = {
+                name: (float(np.nanmean(values)) if np.isfinite(values).any() else float("nan"), float(a), float(b))
+                for name, values, a, b in zip(names, of_prompt, low, high, strict=True)
+            }
+        return found
 
     def table(self, groups: Sequence[str], prompts: Sequence[Any] | None = None) -> str:
         """The summary as text, a line a regime."""
@@ -92,8 +102,9 @@ class CommitOrder(Saved):
 
         figure = Figure(figsize=(5, 3.4), layout="constrained")
         axes = figure.subplots()
-        for group, found in self.summary(groups, prompts).items():
-            sizes = {1: found["tau"]} | {int(n.split()[-1]): v for n, v in found.items() if n.startswith("block tau")}
+        blocks = [name for name in self.values if name.startswith("block tau")]
+        for group, found in self._intervals(["tau", "control", *blocks], groups, prompts).items():
+            sizes = {1: found["tau"]} | {int(name.split()[-1]): found[name] for name in blocks}
             middle, low, high = np.array(list(sizes.values())).T
             (line,) = axes.plot(list(sizes), middle, marker="o", label=group)
             axes.fill_between(list(sizes), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
@@ -157,17 +168,3 @@ def _of_answer(found: Commits, own: np.ndarray, block: int, row: int, bins: Sequ
         "given up": found.given_up[block, row],
         "entropy at commit": np.mean(found.entropy[block, row, place]) if len(place) else np.nan,
     } | {f"block tau {size}": value for size, value in rank_order.block_tau(step, place, bins).items()}
-
-
-def _interval(values_JB: np.ndarray, prompts: np.ndarray) -> tuple[float, float, float]:
-    """Mean over prompts of the means of their answers, and the bootstrap over prompts."""
-    of_prompt = []
-    for prompt in dict.fromkeys(prompts):
-        own = values_JB[:, prompts == prompt]
-        own = own[np.isfinite(own)]
-        if len(own):
-            of_prompt.append(own.mean())
-    if not of_prompt:
-        return (float("nan"),) * 3
-    low, high = intervals.of_means(np.array(of_prompt))
-    return float(np.mean(of_prompt)), float(low), float(high)

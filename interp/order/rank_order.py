@@ -6,6 +6,7 @@ tau_b = (concordant - discordant) / sqrt((pairs - ties in one) (pairs - ties in 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -22,20 +23,24 @@ def tau(commit: Sequence[int], position: Sequence[int] | None = None, *, ties: b
         position: by default 0, 1, 2, ...
         ties: False takes tau-a, which calls a tie a disagreement with any order; it warns.
     """
-    from scipy import stats
-
     commit = np.asarray(commit)
     position = np.arange(len(commit)) if position is None else np.asarray(position)
     if len(commit) != len(position):
         raise ValueError(f"{len(commit)} commit steps and {len(position)} positions: needed is one for each")
     if len(commit) < 2 or (commit == commit[0]).all() or (position == position[0]).all():
         return float("nan")
+    in_time, in_space = _signs(commit), _signs(position)
+    concord = int((in_time * in_space).sum(dtype=int))  # less discord; every pair counts twice, here and below
     if ties:
-        return float(stats.kendalltau(commit, position).statistic)
+        return concord / math.sqrt(np.count_nonzero(in_time) * np.count_nonzero(in_space))
     warnings.warn("tau-a takes ties for disorder: two samplers that accept more or fewer at once then seem to differ "
                   "in order; ties=True gives tau-b", stacklevel=2)  # fmt: skip
-    signs = np.sign(np.subtract.outer(commit, commit)) * np.sign(np.subtract.outer(position, position))
-    return float(signs[np.triu_indices(len(commit), 1)].mean())
+    return concord / (len(commit) * (len(commit) - 1))
+
+
+def _signs(values: np.ndarray) -> np.ndarray:
+    """[n, n] -1, 0 or 1 of all differences, int8. SciPy's `kendalltau` takes 2 to 20 times as long, for a p-value."""
+    return (values[:, None] > values).astype(np.int8) - (values[:, None] < values).astype(np.int8)
 
 
 def block_tau(commit: Sequence[int], position: Sequence[int], bins: Sequence[int] = BINS) -> dict[int, float]:
@@ -46,13 +51,13 @@ def block_tau(commit: Sequence[int], position: Sequence[int], bins: Sequence[int
     """
     if len(set(bins)) < 2:
         warnings.warn(f"one bin size ({list(bins)}) shows no block structure: compare several", stacklevel=2)
-    commit, position = np.asarray(commit), np.asarray(position)
+    order = np.argsort(position, kind="stable")
+    commit, position = np.asarray(commit)[order], np.asarray(position)[order]
     found = {}
     for size in bins:
-        number, inverse = np.unique(position // size, return_inverse=True)
-        first = np.full(len(number), np.iinfo(int).max)
-        np.minimum.at(first, inverse, commit)
-        found[size] = tau(first, number)
+        number = position // size
+        starts = np.flatnonzero(np.diff(number, prepend=number[:1] - 1))
+        found[size] = tau(np.minimum.reduceat(commit, starts), number[starts]) if len(starts) > 1 else float("nan")
     return found
 
 
@@ -71,7 +76,5 @@ def pair_shares(commit: Sequence[int], position: Sequence[int]) -> tuple[float, 
     commit, position = np.asarray(commit), np.asarray(position)
     if len(commit) < 2:
         return float("nan"), float("nan")
-    upper = np.triu_indices(len(commit), 1)
-    in_time = np.sign(np.subtract.outer(commit, commit))[upper]
-    in_space = np.sign(np.subtract.outer(position, position))[upper]
-    return float((in_time == 0).mean()), float((in_time * in_space < 0).mean())
+    pairs, in_time, in_space = len(commit) * (len(commit) - 1), _signs(commit), _signs(position)
+    return 1 - np.count_nonzero(in_time) / pairs, np.count_nonzero(in_time * in_space < 0) / pairs

@@ -64,33 +64,45 @@ def sequence_smear(
         positions: [B, C] bool, what is looked at; by default the content.
         seed: of the null.
     """
-    ids, probs = (a[block] for a in kept(trajectory, "top_ids", "top_probs"))
+    valid_RB = trajectory.valid[block]
+    step, row = np.nonzero(valid_RB)  # N pairs: many steps are taken by few rows
+    ids_NCU, probs_NCU = (a[block][step, row] for a in kept(trajectory, "top_ids", "top_probs"))
     final_BC = trajectory.committed[block]
     own_BC = content(trajectory, specials)[block] if positions is None else np.asarray(positions, bool)
-    valid_RB = trajectory.valid[block]
     rng = np.random.default_rng(seed)
 
     def held(text_BC: np.ndarray, where_BC: np.ndarray) -> np.ndarray:
-        """[R, B] mean probability of a text over positions."""
-        p_RBC = ((ids == text_BC[None, ..., None]) * probs).sum(-1)
-        count = where_BC.sum(-1)
-        return np.where(valid_RB & (count > 0), (p_RBC * where_BC).sum(-1) / np.maximum(count, 1), 0.0)
+        """[N] mean probability of a text over positions."""
+        where_NC, count_N = where_BC[row], where_BC.sum(-1)[row]
+        p_NC = ((ids_NCU == text_BC[row, :, None]) * probs_NCU).sum(-1)
+        return np.where(count_N > 0, (p_NC * where_NC).sum(-1) / np.maximum(count_N, 1), 0.0)
+
+    def everywhere(values_N: np.ndarray) -> np.ndarray:
+        """[R, B, ...], zeros where no step was taken."""
+        values_RB = np.zeros((*valid_RB.shape, *values_N.shape[1:]), values_N.dtype)
+        values_RB[step, row] = values_N
+        return values_RB
 
     shifts = []
     for shift in range(-reach, reach + 1):
-        source = np.arange(final_BC.shape[1]) - shift
-        inside = (source >= 0) & (source < len(source))
-        source = source.clip(0, len(source) - 1)
+        source, inside = _shifted(final_BC.shape[1], shift)
         shifts.append(held(final_BC[:, source], own_BC[:, source] & inside))
-    other_BC = np.stack([_elsewhere(rng, row, own) for row, own in zip(final_BC, own_BC, strict=True)])
-    near = np.zeros(ids.shape, bool)
+    other_BC = np.stack([_elsewhere(rng, *both) for both in zip(final_BC, own_BC, strict=True)])
+    strong_NCU = probs_NCU > floor
+    near_NCU = np.zeros(ids_NCU.shape, bool)
     for shift in range(-window, window + 1):
-        source = np.arange(final_BC.shape[1]) - shift
-        inside = (source >= 0) & (source < len(source))
-        near |= (ids == final_BC[:, source.clip(0, len(source) - 1)][None, ..., None]) & inside[:, None]
-    strong = (probs > floor) & valid_RB[..., None, None]
-    both_RBC = (strong & ~near).any(-1) & (strong & (ids == final_BC[None, ..., None])).any(-1) & own_BC
-    return SequenceSmear(np.stack(shifts, -1), held(other_BC, own_BC), _in_runs(both_RBC, run).sum(-1), floor)
+        source, inside = _shifted(final_BC.shape[1], shift)
+        near_NCU |= (ids_NCU == final_BC[:, source][row, :, None]) & inside[:, None]
+    is_own_NCU = ids_NCU == final_BC[row, :, None]
+    both_NC = (strong_NCU & ~near_NCU).any(-1) & (strong_NCU & is_own_NCU).any(-1) & own_BC[row]
+    found = np.stack(shifts, -1), held(other_BC, own_BC), _in_runs(both_NC, run).sum(-1)
+    return SequenceSmear(*map(everywhere, found), floor)
+
+
+def _shifted(length: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """[C] the positions that stand there after a shift, and whether they do; others are clipped."""
+    source = np.arange(length) - shift
+    return source.clip(0, length - 1), (source >= 0) & (source < length)
 
 
 def _elsewhere(rng: np.random.Generator, text: np.ndarray, own: np.ndarray) -> np.ndarray:

@@ -63,7 +63,7 @@ class Study:
         found: dict[str, Any] = {"rows": len(self), "groups": {}}
         for group, rows in self.groups():
             number = np.unique([self["id"][row] for row in rows], return_inverse=True)[1]
-            values = np.stack([_by_prompt(column[rows], number) for column in plain.values()])
+            values = np.stack([intervals.by_prompt(column[rows], number) for column in plain.values()])
             low, high = intervals.of_means(values)
             count = np.isfinite(values).sum(1)
             mean = np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
@@ -132,13 +132,6 @@ class Study:
         left_out = f"; {broken} line(s) of the prompts were left out" if broken else ""
         missing = f"; {self.missing} are yet to be made by other hosts" if self.missing else ""
         return f"{len(self)} generations ({', '.join(self.statistics)}): {groups}{left_out}{missing}"
-
-
-def _by_prompt(values: np.ndarray, number: np.ndarray) -> np.ndarray:
-    """Mean of each prompt's rows, NaN without any."""
-    there = np.isfinite(values)
-    count = np.bincount(number, there)
-    return np.where(count > 0, np.bincount(number, np.where(there, values, 0)) / np.maximum(count, 1), np.nan)
 
 
 def _plain(numbers: tuple[float, ...]) -> list[Any]:
