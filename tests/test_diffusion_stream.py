@@ -154,7 +154,8 @@ def alike(one, other):
 
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.heavy), 4, pytest.param(40, marks=pytest.mark.heavy)])
 def test_any_number_of_rows(scripted, alone, rows):
-    found = list(dg.stream(scripted, MANY, range(24), SETTINGS, 3 * KINDS, rows=rows))
+    capacity = 128 if rows == 40 else None
+    found = list(dg.stream(scripted, MANY, range(24), SETTINGS, 3 * KINDS, rows=rows, capacity=capacity))
     assert sorted(number for number, _ in found) == list(range(24))
     for number, one in found:
         alike(one, alone[number])
@@ -272,6 +273,7 @@ def test_what_is_refused(scripted):
             dg.stream(scripted, prompts, **{"sampler": SETTINGS, "max_new_tokens": 8} | options)
 
     refuse("rows must be an integer >= 1, got 0", rows=0)
+    refuse(r"the largest prompt and its answer take \d+ tokens, got capacity=9", capacity=9)
     refuse("one integer or 24 of them", max_new_tokens=[8, 8])
     refuse("max_new_tokens must be an integer >= 1, got 0", max_new_tokens=[0] * 24)
     refuse("prompt 1 holds id 99", prompts=[[3], [99]])

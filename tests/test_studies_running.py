@@ -28,7 +28,7 @@ LINES = [
     '{"prompt": "sort : c a b d e", "id": "one"}',
     "",
     '{"prompt": [5, 9999]}',
-    '{"prompt": "sort : c a b d e"}',
+    '{"prompt": "sort : c a b d e c a b d e c a b d e c a b d e c a b d e"}',  # takes more room than the others
 ]
 
 # ---- prompts ---------------------------------------------------------------------------------------
@@ -67,6 +67,11 @@ def test_parquet_holds_the_same(tmp_path):
 
 def test_parts_that_need_as_much_room_run_on():
     assert list(batches.runs([0, 2, 3, 7, 8], [48, 48, 64, 64, 48])) == [[0, 2], [3, 7], [8]]
+
+
+def test_parts_share_room_up_to_twice_that_of_the_smallest():
+    assert batches.shared([48, 64, 96, 112, 128, 512]) == [96, 96, 96, 128, 128, 512]
+    assert batches.shared([64, 48, 32]) == [64] * 3 and batches.shared([]) == [] and batches.shared([7]) == [7]
 
 
 def test_batches_hold_every_row_once_and_like_lengths_together():

@@ -44,7 +44,7 @@ IDLE = 1 / 16  # share of the rows that may stand idle before the loop is left
 def stream(
     bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sampler: SamplerConfig | None = None,
     max_new_tokens: int | Sequence[int] = 256, record: Record | None = None, *, rows: int = 8,
-    directory: str | Path | None = None, thinking: bool = False,
+    capacity: int | None = None, directory: str | Path | None = None, thinking: bool = False,
 ) -> Iterator[tuple[int, lockstep.Generation]]:  # fmt: skip
     """Generate answers to many prompts and give each as it is finished.
 
@@ -55,6 +55,8 @@ def stream(
         bundle, prompts, seed, sampler, record, thinking: as for `generate`.
         max_new_tokens: one for all prompts, or one each.
         rows: prompts that run at once. It changes speed and memory, not results.
+        capacity: tokens that a row has room for, of prompt and answer; by default what these prompts need. Jobs of one
+            capacity share their programs, and a prompt gives the same bits in each.
         directory: keeps each finished result in a file. Called again with the same arguments, kept results come
             first, without running, and only the others are run.
 
@@ -62,10 +64,10 @@ def stream(
         (number of the prompt, its `Generation`), in order of finishing.
 
     Raises:
-        ValueError: at the call, before any work, for what `generate` refuses, rows < 1, or a directory that
-            holds results of another job.
+        ValueError: at the call, before any work, for what `generate` refuses, rows < 1, too small a capacity, or a
+            directory that holds results of another job.
     """
-    work = _Work.of(bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking)
+    work = _Work.of(bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking, capacity)
     return _results(work, None if directory is None else KeptRows.claim(directory, work.model, work.described()))
 
 
@@ -110,9 +112,12 @@ class _Work:
     seeds: list[int]
     num_blocks: list[int]
     rows: int
+    capacity: int  # tokens of a row
 
     @classmethod
-    def of(cls, bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking) -> _Work:
+    def of(
+        cls, bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking, capacity=None
+    ) -> _Work:  # fmt: skip
         model, tokenizer, default = inputs.parts(bundle)
         ids = inputs.to_ids(prompts, tokenizer, model.config.vocab_size, thinking)
         seeds = inputs.to_seeds(seed, len(ids))
@@ -128,7 +133,11 @@ class _Work:
         lockstep.check_record(record, model.config.vocab_size, sampler)
         if hasattr(bundle, "check_finite"):
             bundle.check_finite()
-        work = cls(model, tokenizer, sampler, record, ids, seeds, blocks, min(rows, len(ids)))
+        most = max(len(own) + n * model.config.canvas_length for own, n in zip(ids, blocks, strict=True))
+        if capacity is not None and capacity < most:
+            raise ValueError(f"the largest prompt and its answer take {most} tokens, got capacity={capacity}")
+        room = lockstep.bucket(most) if capacity is None else capacity
+        work = cls(model, tokenizer, sampler, record, ids, seeds, blocks, min(rows, len(ids)), room)
         memory.check_generate(model, work.rows, work.capacity)
         return work
 
@@ -136,12 +145,6 @@ class _Work:
         """What results depend on, beside the model. `rows` is not among it."""
         own = ("ids", "seeds", "num_blocks", "sampler", "record")
         return {name: repr(getattr(self, name)) for name in own} | {"config": repr(self.model.config)}
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of the largest row."""
-        length = self.model.config.canvas_length
-        return lockstep.bucket(max(len(i) + n * length for i, n in zip(self.ids, self.num_blocks, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)

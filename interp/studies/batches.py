@@ -26,6 +26,21 @@ def filled(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[-1:], max(0, size - len(rows)))])
 
 
+def shared(room: Sequence[int]) -> list[int]:
+    """The room that parts one after the other are given: all that of the largest, up to twice that of the smallest.
+
+    For each room programs are compiled.
+    """
+    given: list[int] = []
+    run: list[int] = []
+    for own in room:
+        if run and max(*run, own) > 2 * min(*run, own):
+            given += [max(run)] * len(run)
+            run = []
+        run.append(own)
+    return given + [max(run)] * len(run) if run else given
+
+
 def runs(parts: Sequence[int], room: Sequence[int]) -> Iterator[list[int]]:
     """Parts one after the other that need room for as many tokens."""
     for _, some in itertools.groupby(zip(parts, room, strict=True), key=lambda part: part[1]):

@@ -107,8 +107,9 @@ def study(
         with bar(f"study {name}", sum(len(plan[number]) for number in mine), progress, "generations") as done:
             done(sum(len(plan[number]) for number in mine if number not in absent))
             todo = {number: [rows[i] for i in plan[number]] for number in mine if number in absent}
+            room = _room(bundle, [[len(rows[i].ids) for i in part] for part in plan], max_new_tokens)
             asked = {"sampler": sampler, "max_new_tokens": max_new_tokens}
-            for number, part in _measured(bundle, todo, size, asked, chosen.values(), grade, done):
+            for number, part in _measured(bundle, todo, room, size, asked, chosen.values(), grade, done):
                 if share.writes:
                     columns.write(paths[number], part)
         share.meet()
@@ -126,25 +127,29 @@ def study(
     return found
 
 
+def _room(bundle: Any, lengths: list[list[int]], max_new_tokens: int) -> list[int]:
+    """Tokens that the rows of each part of the whole plan have room for, whichever of the parts are yet to be made."""
+    config = of(bundle).config
+    longest = [max(own) for own in lengths]
+    return batches.shared([bucket(n + blocks_for(n, max_new_tokens, config) * config.canvas_length) for n in longest])
+
+
 def _measured(
-    bundle: Any, parts: Mapping[int, list[_Row]], size: int, asked: Mapping[str, Any],
+    bundle: Any, parts: Mapping[int, list[_Row]], room: list[int], size: int, asked: Mapping[str, Any],
     statistics: Collection[Any], grade: str, done: Callable[[int], None],
 ) -> Iterator[tuple[int, columns.Columns]]:  # fmt: skip
     """Numbers of parts and their columns, each when its last row is measured.
 
-    Parts that need room for as many tokens share a stream: the first rows of one run beside the last of another.
+    Parts that have room for as many tokens share a stream: the first rows of one run beside the last of another.
     """
-    config, record = of(bundle).config, statistics_table.record_for(bundle, statistics)
-    longest = [max(len(row.ids) for row in part) for part in parts.values()]
-    blocks = [blocks_for(length, asked["max_new_tokens"], config) for length in longest]
-    room = [bucket(n + count * config.canvas_length) for n, count in zip(longest, blocks, strict=True)]
-    for numbers in batches.runs(list(parts), room):
+    record = statistics_table.record_for(bundle, statistics)
+    for numbers in batches.runs(list(parts), [room[number] for number in parts]):
         owner = [number for number in numbers for _ in parts[number]]
         rows = [row for number in numbers for row in parts[number]]
         given = [rows[i] for i in batches.filled(np.arange(len(rows)), size)]
         ids, seeds = [row.ids for row in given], [row.seed for row in given]
         found: dict[int, dict[int, columns.Columns]] = {}  # by part, by its first row: batches come in any order
-        stream = dg.stream(bundle, ids, seeds, record=record, rows=size, **asked)
+        stream = dg.stream(bundle, ids, seeds, record=record, rows=size, capacity=room[numbers[0]], **asked)
         for at, results in batches.together(stream, size, len(rows)):
             whole, number = batches.filled(np.arange(len(at)), size), owner[at[0]]
             some = dg.collected([results[i] for i in whole])
