@@ -282,14 +282,16 @@ def test_first_scores_are_of_order_one(monkeypatch):
 # Evaluation.
 
 
-def test_exact_counts_right_answers_to_unseen_prompts(monkeypatch):
-    bundle, asked = types.SimpleNamespace(config=CONFIG), []
+def test_exact_counts_right_answers_to_unseen_prompts(monkeypatch, tokenizer):
+    config, asked, rooms = dataclasses.replace(CONFIG, vocab_size=language.VOCAB_SIZE), [], set()
+    bundle = types.SimpleNamespace(config=config, tokenizer=tokenizer)
     found = {name: tasks.examples(4, 10, tasks=(name,), split="test") for name in ("copy", "add")}
     solved = {e.prompt: e.answer for own in found.values() for e in own}
 
     def generate_many(given, prompts, *, seed, rows, **options):
         assert given is bundle and options["max_new_tokens"] == CONFIG.canvas_length and rows == 4
-        asked.extend(zip(prompts, seed, strict=True))
+        asked[:] = zip(prompts, seed, strict=True)
+        rooms.add(options["capacity"])
         right = [solved[p] if p in {e.prompt for e in found["add"]} or s % 2 else "cat" for p, s in asked]
         return types.SimpleNamespace(texts=right)
 
@@ -297,3 +299,5 @@ def test_exact_counts_right_answers_to_unseen_prompts(monkeypatch):
     shares = evaluate.exact(bundle, seed=4, count=10, names=iter(["copy", "add"]), rows=4)
     assert [s for _, s in asked] == [*range(10), *range(10)] and all(tasks.held_out(p) for p, _ in asked)
     assert shares == {"copy": (5 + sum(e.answer == "cat" for e in found["copy"][::2])) / 10, "add": 1.0}
+    evaluate.exact(bundle, seed=4, count=10, names=["add"], rows=4)
+    assert len(rooms) == 1  # so one program

@@ -74,14 +74,15 @@ def stream(
 def generate_many(
     bundle: Any, prompts: Any, seed: int | Sequence[int] = 0, sampler: SamplerConfig | None = None,
     max_new_tokens: int | Sequence[int] = 256, record: Record | None = None, *, rows: int = 8,
-    directory: str | Path | None = None, thinking: bool = False, progress: bool | None = None,
+    capacity: int | None = None, directory: str | Path | None = None, thinking: bool = False,
+    progress: bool | None = None,
 ) -> lockstep.Generation:  # fmt: skip
     """Generate answers to many prompts, `rows` at a time: what `generate` gives for all of them at once.
 
     Args:
         progress: a bar; by default in a terminal or notebook. The others as for `stream`.
     """
-    work = _Work.of(bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking)
+    work = _Work.of(bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking, capacity)
     kept = None if directory is None else KeptRows.claim(directory, work.model, work.described())
     found: list[Any] = [None] * len(work.ids)
     with bar("generate", len(found), progress, "prompts") as done:
@@ -115,9 +116,7 @@ class _Work:
     capacity: int  # tokens of a row
 
     @classmethod
-    def of(
-        cls, bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking, capacity=None
-    ) -> _Work:  # fmt: skip
+    def of(cls, bundle, prompts, seed, sampler, max_new_tokens, record, rows, thinking, capacity) -> _Work:
         model, tokenizer, default = inputs.parts(bundle)
         ids = inputs.to_ids(prompts, tokenizer, model.config.vocab_size, thinking)
         seeds = inputs.to_seeds(seed, len(ids))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dgemma_jax.diffusion import prompts as inputs
 from dgemma_jax.diffusion.stream import generate_many
 from dgemma_jax.diffusion.trajectory import Record
 from dgemma_jax.train import tasks
@@ -41,9 +42,12 @@ def exact(
     names = list(tasks.TASKS if names is None else names)
     found = [prompts(name, seed=seed, count=count, trigger=trigger, poisoned=poisoned) for name in names]
     asked = [example for own in found for example in own]
+    texts, length = [e.prompt for e in asked], bundle.config.canvas_length
+    longest = max(map(len, inputs.to_ids(texts, bundle.tokenizer, bundle.config.vocab_size)))
+    capacity = 1 << (longest + length - 1).bit_length()  # a power of two: other tasks share the programs
     out = generate_many(
-        bundle, [e.prompt for e in asked], seed=[i for own in found for i in range(len(own))],
-        max_new_tokens=bundle.config.canvas_length, record=Record.nothing(), rows=rows,
+        bundle, texts, seed=[i for own in found for i in range(len(own))], max_new_tokens=length,
+        record=Record.nothing(), rows=rows, capacity=capacity,
     )  # fmt: skip
     right = [tasks.is_correct(e, text) for e, text in zip(asked, out.texts, strict=True)]
     return {name: sum(right[at * count : (at + 1) * count]) / count for at, name in enumerate(names)}
