@@ -273,7 +273,8 @@ def test_what_is_refused(scripted):
             dg.stream(scripted, prompts, **{"sampler": SETTINGS, "max_new_tokens": 8} | options)
 
     refuse("rows must be an integer >= 1, got 0", rows=0)
-    refuse(r"the largest prompt and its answer take \d+ tokens, got capacity=9", capacity=9)
+    refuse(r"the largest prompt and its answer take \d+ tokens; .*, got capacity=9", capacity=9)
+    refuse("needed is an integer of at least that, got capacity=99.5", capacity=99.5)
     refuse("one integer or 24 of them", max_new_tokens=[8, 8])
     refuse("max_new_tokens must be an integer >= 1, got 0", max_new_tokens=[0] * 24)
     refuse("prompt 1 holds id 99", prompts=[[3], [99]])

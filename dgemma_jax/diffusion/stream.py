@@ -55,8 +55,8 @@ def stream(
         bundle, prompts, seed, sampler, record, thinking: as for `generate`.
         max_new_tokens: one for all prompts, or one each.
         rows: prompts that run at once. It changes speed and memory, not results.
-        capacity: tokens that a row has room for, of prompt and answer; by default what these prompts need. Jobs of one
-            capacity share their programs, and a prompt gives the same bits in each.
+        capacity: tokens that a row has room for, of prompt and answer; by default what these prompts need. Jobs of as
+            many rows and one capacity share their programs.
         directory: keeps each finished result in a file. Called again with the same arguments, kept results come
             first, without running, and only the others are run.
 
@@ -133,8 +133,9 @@ class _Work:
         if hasattr(bundle, "check_finite"):
             bundle.check_finite()
         most = max(len(own) + n * model.config.canvas_length for own, n in zip(ids, blocks, strict=True))
-        if capacity is not None and capacity < most:
-            raise ValueError(f"the largest prompt and its answer take {most} tokens, got capacity={capacity}")
+        if capacity is not None and (not isinstance(capacity, int) or capacity < most):
+            raise ValueError(f"the largest prompt and its answer take {most} tokens; needed is an integer of at least "
+                             f"that, got capacity={capacity!r}")  # fmt: skip
         room = lockstep.bucket(most) if capacity is None else capacity
         work = cls(model, tokenizer, sampler, record, ids, seeds, blocks, min(rows, len(ids)), room)
         memory.check_generate(model, work.rows, work.capacity)

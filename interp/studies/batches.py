@@ -31,14 +31,13 @@ def shared(room: Sequence[int]) -> list[int]:
 
     For each room programs are compiled.
     """
-    given: list[int] = []
-    run: list[int] = []
+    together: list[list[int]] = []
     for own in room:
-        if run and max(*run, own) > 2 * min(*run, own):
-            given += [max(run)] * len(run)
-            run = []
-        run.append(own)
-    return given + [max(run)] * len(run) if run else given
+        if together and max(*together[-1], own) <= 2 * min(*together[-1], own):
+            together[-1].append(own)
+        else:
+            together.append([own])
+    return [max(run) for run in together for _ in run]
 
 
 def runs(parts: Sequence[int], room: Sequence[int]) -> Iterator[list[int]]:
