@@ -78,7 +78,7 @@ def test_batches_hold_every_row_once_and_like_lengths_together():
     lengths = np.random.default_rng(0).integers(3, 90, 50)
     plan = batches.planned(lengths, 16)
     assert sorted(np.concatenate(plan)) == list(range(50)) and [len(p) for p in plan] == [16, 16, 16, 2]
-    assert all(lengths[a].max() <= lengths[b].min() for a, b in itertools.pairwise(plan))
+    assert all(lengths[a].min() >= lengths[b].max() for a, b in itertools.pairwise(plan))
     assert batches.filled(plan[-1], 16).tolist() == [*plan[-1][:1], *[plan[-1][1]] * 15]
 
 

@@ -333,7 +333,7 @@ def _draft(
 
 def commit(moment: Moment, committed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """History with the block added, and which rows have ended. What follows an end token becomes padding."""
-    is_end = np.isin(committed, moment.sampler.eos_token_ids)
+    is_end = _is_end(committed, moment.sampler)
     after_end = (np.cumsum(is_end, 1) - is_end) > 0
     shown = np.where(after_end | moment.ended[:, None], moment.sampler.pad_token_id, committed)
     return np.concatenate([moment.history, shown], 1), moment.ended | is_end.any(1)
@@ -374,8 +374,13 @@ def finish(run: Run, blocks: list, history: np.ndarray, ended: np.ndarray, spent
 
 def _visible(row: np.ndarray, sampler: SamplerConfig) -> list[int]:
     """The row up to its end token."""
-    ends = np.flatnonzero(np.isin(row, sampler.eos_token_ids))
+    ends = np.flatnonzero(_is_end(row, sampler))
     return row[: ends[0] if len(ends) else len(row)].tolist()
+
+
+def _is_end(tokens: np.ndarray, sampler: SamplerConfig) -> np.ndarray:
+    """Whether each token ends an answer. There are few that do: `np.isin`, which sorts, takes ten times as long."""
+    return (tokens[..., None] == np.array(sampler.eos_token_ids, int)).any(-1)
 
 
 def _trajectory(run: Run, blocks: list, num_blocks: int) -> Trajectory:

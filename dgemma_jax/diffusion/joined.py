@@ -23,10 +23,12 @@ def joined(rows: Sequence[Generation], replay: Callable[..., Any] | None = None)
     """
     width = max(row.tokens.shape[1] for row in rows)
     pad = rows[0].sampler.pad_token_id
-    tokens = [np.pad(row.tokens, ((0, 0), (0, width - row.tokens.shape[1])), constant_values=pad) for row in rows]
+    tokens = np.full((len(rows), width), pad, rows[0].tokens.dtype)
+    for own, row in zip(tokens, rows, strict=True):
+        own[: row.tokens.shape[1]] = row.tokens[0]
     return Generation(
         texts=[text for row in rows for text in row.texts],
-        tokens=np.concatenate(tokens),
+        tokens=tokens,
         prompt_tokens=[ids for row in rows for ids in row.prompt_tokens],
         trajectory=_trajectories([row.trajectory for row in rows], replay),
         num_steps=np.concatenate([row.num_steps for row in rows]),

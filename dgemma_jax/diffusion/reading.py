@@ -71,9 +71,10 @@ def read(
                 for at, place in enumerate(group):
                     piece = left[place].popleft()
                     tokens[at, : len(piece)], valid[at, : len(piece)] = piece, True
-                more = (0, _holding(len(group), groups) - len(group))  # the last row again: it is written twice alike
-                rows = (np.array(group), tokens, valid, np.isin(group, list(clean)))
-                cache = _read_piece(model, cache, *(np.pad(a, (more, (0, 0))[: a.ndim], "edge") for a in rows))
+                rows = (np.array(group), tokens, valid, np.array([place in clean for place in group]))
+                # The last row again and again: it is written several times alike.
+                filled = np.minimum(np.arange(_holding(len(group), groups)), len(group) - 1)
+                cache = _read_piece(model, cache, *(a[filled] for a in rows))
                 clean -= set(group)
         left = {place: own for place, own in left.items() if own}
     return cache

@@ -207,8 +207,9 @@ class _Row:
         total, chosen = self.work.sampler.max_denoising_steps, self.work.record.site_steps
 
         def padded(*parts: np.ndarray) -> np.ndarray:
-            array = np.concatenate(parts)
-            return np.concatenate([array, np.zeros((total - len(array), *array.shape[1:]), array.dtype)])[:, None]
+            array = np.zeros((total, 1, *parts[0].shape[1:]), parts[0].dtype)
+            np.concatenate(parts, out=array[:taken, 0])
+            return array
 
         taken = sum(len(part["valid"]) for part in self.steps)
         buffers = jax.tree.map(padded, *self.steps)

@@ -175,7 +175,7 @@ class Tokenizer:
         text = chat_text.render(
             self.chat_template,
             messages,
-            **_named_tokens(self.files),
+            **self._names,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=thinking,
         )
@@ -190,6 +190,11 @@ class Tokenizer:
         inside, outside = chat_text.split_channels(self._checked(ids), *marks)
         thoughts = (chat_text.without_header(self.decode(thought)) for thought in inside)
         return "\n".join(filter(None, thoughts)), self.decode(outside).strip()
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """The special tokens of the files, which may be of megabytes, by name."""
+        return _named_tokens(self.files)
 
     @functools.cached_property
     def _unknown(self) -> tuple[int, str] | None:

@@ -26,7 +26,7 @@ PACKAGES = ("dgemma-jax", "jax", "jaxlib", "flax", "numpy", "matplotlib", "token
 def described(bundle: Any, prompts: StudyPrompts, sampler: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest. It holds no time and no path, so that a study made again has the same."""
     model = of(bundle)
-    text = json.dumps([dataclasses.asdict(prompt) for prompt in prompts.prompts], sort_keys=True)
+    text = json.dumps([vars(prompt) for prompt in prompts.prompts], sort_keys=True)
     device = jax.devices()[0]
     return {
         "model": {

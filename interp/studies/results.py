@@ -111,7 +111,7 @@ class Study:
         manifests.write_text(out / "summary.txt", self.table(summary) + "\n")
         (out / "figures").mkdir(exist_ok=True)
         for name, figure in self.plot().items():
-            figure.savefig(out / "figures" / f"{name}.png", dpi=120, metadata={"Software": None})
+            _draw(figure, out / "figures" / f"{name}.png")
         return out
 
     @classmethod
@@ -132,6 +132,14 @@ class Study:
         left_out = f"; {broken} line(s) of the prompts were left out" if broken else ""
         missing = f"; {self.missing} are yet to be made by other hosts" if self.missing else ""
         return f"{len(self)} generations ({', '.join(self.statistics)}): {groups}{left_out}{missing}"
+
+
+def _draw(figure: Any, path: Path) -> None:
+    """What `Figure.savefig` does, which draws twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(120)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
 def _plain(numbers: tuple[float, ...]) -> list[Any]:
