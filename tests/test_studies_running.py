@@ -13,7 +13,7 @@ import pytest
 
 import dgemma_jax as dg
 from dgemma_jax.diffusion import loop
-from interp.studies import batches, columns, manifest
+from interp.studies import batches, columns, manifest, readings
 from interp.studies.prompt_files import StudyPrompts
 from interp.studies.results import Study
 from interp.studies.running import study
@@ -198,6 +198,26 @@ def test_planted_relations_are_found_and_shuffled_ones_are_not():
     mixed = made_up(["order", "lengths"], **own | {"right": rng.permutation(right), "lengths/final": rng.permutation(length)}).summary()
     low, high = mixed["order"]["auroc of confidence"]["g"][1:]
     assert low < 0.5 < high and abs(mixed["lengths"]["by step"]["g"]["correlation"][1]) < 0.4
+
+
+def test_curves_over_steps_are_of_all_rows():
+    """A row that has stopped keeps its last value: else the mean at step 3 would be that of the long row alone."""
+    nan = np.nan
+    found = made_up(["smearing"], **{"smearing/positions": np.array([[4, 2, nan], [0, 0, 6], [nan, nan, nan]]), "steps": np.array([2, 3, 0])})
+    (axes,) = readings.figures(found, "smearing")["steps"].axes
+    (line,) = axes.lines
+    assert line.get_ydata().tolist() == [2, 1, 4] and line.get_xdata().tolist() == [1, 2, 3]
+
+
+def test_little_to_see_is_drawn_without_a_warning(tmp_path):
+    """One generation of one step, which commits all at once: no order, no correlation."""
+    one = np.zeros((1, 1))
+    flow = {f"flow/{name}": one for name in ("kept", "given up", "newly accepted", "still open", "settled")}
+    order = {f"order/{name}": np.full(1, np.nan) for name in ("tau", "control", "block tau 4", "entropy at commit")}
+    own = {"steps": np.ones(1, int), "entropy": one, "order/never accepted": np.zeros(1), "lengths/estimate": one,
+           "lengths/final": np.ones(1)}  # fmt: skip
+    made_up(["order", "flow", "lengths"], **own, **flow, **order).save(tmp_path)
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 5
 
 
 def test_a_monitor_that_sees_the_cause_scores_and_one_that_does_not_scores_nothing():

@@ -110,6 +110,8 @@ class CommitOrder(Saved):
             axes.fill_between(list(sizes), low, high, alpha=0.15, color=line.get_color(), linewidth=0)
             axes.axhline(found["control"][0], color=line.get_color(), linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(list(sizes), map(str, sizes))
+        axes.set_xlim(0.8, 1.25 * max(sizes))  # there may be nothing to see
         axes.set(xlabel="positions in a bin", ylabel="tau-b of commit and position")
         axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         return figure

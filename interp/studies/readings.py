@@ -133,22 +133,42 @@ def _transitions(study: Study) -> Any:
 def _settling(study: Study) -> Any:
     """Settled share and mean entropy by step, a line a group."""
     figure, (left, right) = _axes(9, 3.4, 2)
-    for axes, name, label in ((left, "flow/settled", "share settled"), (right, "entropy", "mean entropy, nats")):
-        for group, rows in study.groups():
-            axes.plot(np.nanmean(study[name][rows], 0), label=group)
-        axes.set(xlabel="step", ylabel=label)
-    left.legend(frameon=False, fontsize="small")
-    right.set_yscale("log")
+    _by_step(study, left, "flow/settled", "share settled")
+    _by_step(study, right, "entropy", "mean entropy, nats")
+    if np.any(study["entropy"] > 0):
+        right.set_yscale("log")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside right upper")
     return figure
 
 
+def _by_step(study: Study, axes: Any, name: str, label: str) -> None:
+    """Means over all rows of a group. A row that has stopped keeps its last value: means over those that still run
+    would say which rows those are."""
+    for group, rows in study.groups():
+        values = study[name][rows]
+        last = np.maximum.accumulate(np.where(np.isfinite(values), np.arange(values.shape[1]), 0), 1)
+        axes.plot(range(1, values.shape[1] + 1), np.nanmean(np.take_along_axis(values, last, 1), 0), label=group)
+    axes.set(xlabel="steps taken; stopped rows keep their last value", ylabel=label)
+    _doublings(axes, study[name].shape[1])
+
+
+def _doublings(axes: Any, most: int) -> None:
+    """Steps on an axis by twos: most happens in the first of them, and few rows take many."""
+    axes.set_xscale("log", base=2)
+    ticks = [2**n for n in range(most.bit_length())]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xlim(0.9, 1.1 * most)  # there may be nothing to see
+
+
 def _steps(study: Study) -> Any:
-    """How many denoising steps a generation took, a row a group."""
+    """How many denoising steps a generation took, a row a group: median, quartiles, and generations far from them."""
     groups = list(study.groups())
     figure, axes = _axes(6, 1 + 0.35 * len(groups))
-    axes.boxplot([study["steps"][rows] for _, rows in groups], orientation="horizontal", widths=0.6, showfliers=False,
-                 tick_labels=[group for group, _ in groups])  # fmt: skip
+    axes.boxplot([study["steps"][rows] for _, rows in groups], orientation="horizontal", widths=0.6,
+                 tick_labels=[group for group, _ in groups], medianprops={"linewidth": 2},
+                 flierprops={"marker": ".", "markersize": 4, "alpha": 0.5})  # fmt: skip
     axes.set(xlabel="denoising steps of a generation")
+    _doublings(axes, int(study["steps"].max()))
     axes.invert_yaxis()
     return figure
 
@@ -163,20 +183,23 @@ def _lengths(study: Study) -> Any:
     left.axline((0, 0), slope=1, color="0.6", linewidth=1)
     left.set(xlabel="final length", ylabel="length that the step expects")
     left.legend(frameon=False, markerscale=2.5, fontsize="small")
-    for group, found in _foresight(study)["by step"].items():
+    groups = _foresight(study)["by step"]
+    for group, found in groups.items():
         values = np.array(found["correlation"], float)
         style = {"color": "k", "linewidth": 2} if group == "all" else {}
         right.plot(range(1, len(values) + 1), values, label=group, **style)
-    right.set(xlabel="steps taken", ylabel="correlation with the final length", ylim=(None, 1.02))
-    right.legend(frameon=False, fontsize="small")
+    right.set(xlabel="steps taken", ylabel="correlation with the final length")
+    right.set_ylim(min(0, right.get_ylim()[0]), 1.05)
+    if groups:
+        right.legend(frameon=False, fontsize="small", ncols=2)
+    else:
+        right.text(0.5, 0.5, "lengths are too few,\nor all the same", ha="center", transform=right.transAxes)
     return figure
 
 
 def _smears(study: Study) -> Any:
     """Positions at which a token stands that is not their own in the end, by step."""
     figure, axes = _axes()
-    for group, rows in study.groups():
-        axes.plot(np.nanmean(study["smearing/positions"][rows], 0), label=group)
-    axes.set(xlabel="step", ylabel="smeared positions")
-    axes.legend(frameon=False, fontsize="small")
+    _by_step(study, axes, "smearing/positions", "smeared positions")
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside right upper")
     return figure
