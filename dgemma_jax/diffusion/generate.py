@@ -379,7 +379,7 @@ def _visible(row: np.ndarray, sampler: SamplerConfig) -> list[int]:
 
 
 def _is_end(tokens: np.ndarray, sampler: SamplerConfig) -> np.ndarray:
-    """Whether each token ends an answer. There are few that do: `np.isin`, which sorts, takes ten times as long."""
+    """Whether each token ends an answer. There are few that do: `np.isin`, which sorts, takes four times as long."""
     return (tokens[..., None] == np.array(sampler.eos_token_ids, int)).any(-1)
 
 
